@@ -1,0 +1,233 @@
+"""Checkpoints: folders that are complete or not there, and that run no code when they are read.
+
+    out/<run>/step_00000300/
+        model.safetensors     weights
+        config.json           the resolved Config
+        tokenizer.json
+        training.safetensors  AdamW's moments and step by parameter name; every rank's random states
+        training.json         step, data set's sha256, last losses
+        manifest.json         format version; size and sha256 of each file above
+
+A checkpoint is written under a temporary name, flushed to the disk, then renamed. Reading verifies the manifest first.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+import pretrained
+from configurator import Config, from_json, load_file
+from model import GPT, GPTConfig, UserError
+from tokenizer import GPT2Tokenizer, Tokenizer
+from tokenizer import from_json as tokenizer_from_json
+
+FORMAT = 1
+STEP_NAME = re.compile(r"step_(\d{8})")
+
+
+def rng_states(device: torch.device) -> Tensor:
+    """This process's random state (torch's CPU generator, then the device's) as bytes."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return torch.cat(states)
+
+
+def set_rng_states(states: Tensor, device: torch.device) -> None:
+    """The reverse of rng_states."""
+    size = torch.get_rng_state().numel()
+    torch.set_rng_state(states[:size])
+    if device.type == "cuda" and states.numel() > size:
+        torch.cuda.set_rng_state(states[size:], device)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: GPT) -> dict[str, Tensor]:
+    """The optimizer's state by name: "exp_avg.transformer.wte.weight" and so on."""
+    return {f"{kind}.{name}": t for name, p in model.named_parameters() for kind, t in optimizer.state.get(p, {}).items()}
+
+
+def save(
+    run_dir: Path,
+    step: int,
+    model: GPT,
+    optimizer: torch.optim.Optimizer,
+    cfg: Config,
+    tokenizer: Tokenizer,
+    random_states: list[Tensor],
+    extra: dict,
+    keep: int,
+) -> Path:
+    """Write the checkpoint after `step` steps, then delete all but the newest `keep`. Returns its folder.
+
+    random_states: rng_states() of every rank, in rank order. extra: JSON values for training.json.
+    """
+    final = run_dir / f"step_{step:08d}"
+    temporary = run_dir / f".writing_{final.name}"
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a run that died while saving
+    temporary.mkdir(parents=True)
+    try:
+        moments = optimizer_tensors(optimizer, model)
+        random = {f"random.{rank}": state for rank, state in enumerate(random_states)}
+        safetensors.torch.save_file({n: p.detach() for n, p in model.named_parameters()}, temporary / "model.safetensors")
+        safetensors.torch.save_file(moments | random, temporary / "training.safetensors")
+        write_config(temporary, cfg)
+        (temporary / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+        (temporary / "training.json").write_text(json.dumps({"step": step} | extra, indent=1), encoding="utf-8")
+        entries = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in sorted(temporary.iterdir())}
+        manifest = {"format": FORMAT, "step": step, "files": entries}
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for path in [*temporary.iterdir(), temporary]:
+            sync(path)
+        shutil.rmtree(final, ignore_errors=True)  # the same step, saved by an earlier attempt
+        os.rename(temporary, final)
+        sync(run_dir)
+    except OSError as e:
+        raise UserError(f"cannot save a checkpoint in {run_dir}: {e.strerror or e}; earlier ones are untouched") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in candidates(run_dir)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def write_config(folder: Path, cfg: Config) -> None:
+    """The resolved configuration as config.json."""
+    (folder / "config.json").write_text(json.dumps(asdict(cfg), indent=1), encoding="utf-8")
+
+
+def sync(path: Path) -> None:
+    """Make a file, or a folder's list of names, survive a power cut."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def candidates(run_dir: Path) -> list[Path]:
+    """The checkpoint folders of a run, newest first, not yet verified."""
+    if not run_dir.is_dir():
+        return []
+    return sorted((p for p in run_dir.iterdir() if STEP_NAME.fullmatch(p.name) and p.is_dir()), reverse=True)
+
+
+def verify(folder: Path) -> None:
+    """UserError unless every file of the manifest is there with its size and sha256."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        version, files = manifest["format"], manifest["files"]
+        entries = {str(name): (int(e["bytes"]), str(e["sha256"])) for name, e in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{folder} has no readable manifest.json ({type(e).__name__}: {e})") from None
+    if version != FORMAT:
+        raise UserError(f"{folder} has checkpoint format {version}; this program reads {FORMAT}")
+    needed = {"model.safetensors", "config.json", "tokenizer.json", "training.json"}
+    if absent := sorted(needed - entries.keys()):
+        raise UserError(f"{folder}: manifest.json does not list {absent[0]}")
+    for name, (size, digest) in entries.items():
+        path = folder / name
+        if Path(name).name != name:
+            raise UserError(f"{folder}: manifest.json names a file outside the folder: {name}")
+        if not path.is_file():
+            raise UserError(f"{path} is missing")
+        if path.stat().st_size != size:
+            raise UserError(f"{path} is damaged: {path.stat().st_size} bytes instead of {size}")
+        if sha256_of(path) != digest:
+            raise UserError(f"{path} is damaged: its sha256 is not the manifest's")
+
+
+def newest(run_dir: Path, say: Callable[[str], None] = print) -> Path:
+    """The newest checkpoint of a run that verifies; damaged ones are passed over aloud. UserError if none is left."""
+    found = candidates(run_dir)
+    if not found:
+        raise UserError(f"{run_dir} holds no checkpoint")
+    for folder in found:
+        try:
+            verify(folder)
+            return folder
+        except UserError as e:
+            say(f"passing over a checkpoint: {e}")
+    raise UserError(f"{run_dir}: none of its {len(found)} checkpoint(s) is usable")
+
+
+def read_config(folder: Path, cls: type = Config) -> Config | GPTConfig:
+    """The configuration a checkpoint was trained with (cls=GPTConfig: only the model's part)."""
+    text = (folder / "config.json").read_text(encoding="utf-8")
+    try:
+        if cls is GPTConfig:  # sampling needs no more, and must not refuse what training has gained since
+            own = {f.name for f in fields(GPTConfig)}
+            text = json.dumps({k: v for k, v in json.loads(text).items() if k in own})
+        return from_json(text, cls)
+    except (UserError, ValueError, AttributeError) as e:
+        raise UserError(f"{folder}/config.json: {e}") from None
+
+
+def load_weights(folder: Path, model: GPT) -> None:
+    """Weights of a verified checkpoint into a model; UserError names the key that does not fit."""
+    state = pretrained.read_safetensors(folder / "model.safetensors")
+    if model.cfg.tie_weights and "transformer.wte.weight" in state:
+        state["lm_head.weight"] = state["transformer.wte.weight"]
+    pretrained.checked_load(model, state, f"{folder}/model.safetensors")
+
+
+def load_training(folder: Path, model: GPT, optimizer: torch.optim.Optimizer, rank: int, device: torch.device) -> dict:
+    """Optimizer state and this rank's random state from a verified checkpoint. Returns training.json."""
+    state = pretrained.read_safetensors(folder / "training.safetensors")
+    for name, p in model.named_parameters():
+        for kind in ("step", "exp_avg", "exp_avg_sq"):
+            tensor = state.get(f"{kind}.{name}")
+            shape = torch.Size() if kind == "step" else p.shape
+            if tensor is None or tensor.shape != shape:
+                found = "missing" if tensor is None else f"of shape {list(tensor.shape)}, expected {list(shape)}"
+                raise UserError(f"{folder}/training.safetensors: {kind}.{name} is {found}")
+            # AdamW keeps its step counter on the device only when fused there; the loop wants it on the CPU
+            where = device if kind != "step" or optimizer.defaults["fused"] else torch.device("cpu")
+            optimizer.state[p][kind] = tensor.to(where)
+    if (states := state.get(f"random.{rank}")) is not None:  # more ranks than before start their own
+        set_rng_states(states, device)
+    return json.loads((folder / "training.json").read_text(encoding="utf-8"))
+
+
+def load_model(where: str, say: Callable[[str], None] = print) -> tuple[GPT, Tokenizer]:
+    """(model on the CPU in fp32, tokenizer) from any of: a run's folder, one checkpoint, a folder in the Hugging Face
+    layout, a hub name (gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name), or a config file, for random weights.
+    """
+    path = Path(where)
+    if path.suffix == ".py":
+        cfg = load_file(where)
+        if cfg.vocab_size != GPT2Tokenizer.vocab_size:
+            raise UserError(f"{where} has vocab_size={cfg.vocab_size}: random weights are sampled with GPT-2's tokenizer only")
+        torch.manual_seed(cfg.seed)
+        return GPT(cfg), GPT2Tokenizer()
+    if path.is_dir():
+        if not STEP_NAME.fullmatch(path.name) and not candidates(path) and (path / "config.json").is_file():
+            model = pretrained.load_hf_dir(path)
+            if model.cfg.vocab_size != GPT2Tokenizer.vocab_size:
+                raise UserError(f"{where} has {model.cfg.vocab_size} ids; in this layout only GPT-2's 50257 have a tokenizer")
+            return model, GPT2Tokenizer()
+        if STEP_NAME.fullmatch(path.name):
+            verify(path)
+        else:
+            path = newest(path, say)
+        model = pretrained.empty_model(read_config(path, GPTConfig))
+        load_weights(path, model)
+        return model, tokenizer_from_json((path / "tokenizer.json").read_text(encoding="utf-8"))
+    if re.fullmatch(r"gpt2(-medium|-large|-xl)?|[\w.-]+/[\w.-]+", where) and not where.startswith(("out/", "./")):
+        return pretrained.load_hub(where), GPT2Tokenizer()
+    raise UserError(
+        f"{where} is no run, checkpoint or model folder: type a folder like out/shakespeare, a config file, or gpt2"
+    )

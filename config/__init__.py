@@ -1,0 +1,1 @@
+"""Runnable configurations: each file holds a docstring (command, hardware, what to expect) and one `config`."""

@@ -1,0 +1,208 @@
+"""Token shards on disk, and which tokens each process sees at each step.
+
+A data set is a folder:  manifest.json  tokenizer.json  train_000000.bin …  val_000000.bin …
+A shard is a 256-byte header followed by its tokens, little-endian uint16 (or uint32 for vocabularies over 65,536):
+
+    offset  0   8 bytes   magic "NLADDER\\n"
+            8   uint32    format version
+           12   uint32    bytes per token
+           16   uint32    vocabulary size
+           20   uint64    number of tokens
+           28   32 bytes  tokenizer's name, ASCII, zero-padded
+
+A batch is a pure function of (seed, step, rank, world size): there is no iterator whose state a checkpoint could lose.
+"""
+
+import functools
+import hashlib
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model import UserError
+from tokenizer import Tokenizer, from_json, write_atomically
+
+MAGIC, VERSION, HEADER_BYTES = b"NLADDER\n", 1, 256
+HEADER = struct.Struct("<8sIIIQ32s")
+MANIFEST = "manifest.json"
+
+
+def write_shard(path: Path, tokens: np.ndarray, tokenizer: Tokenizer) -> dict:
+    """Write one shard atomically; returns its manifest entry {file, tokens, sha256}."""
+    width = 2 if tokenizer.vocab_size <= 2**16 else 4
+    if len(tokens) and int(tokens.max()) >= tokenizer.vocab_size:
+        raise UserError(f"{path}: token id {int(tokens.max())} does not fit a vocabulary of {tokenizer.vocab_size}")
+    head = HEADER.pack(MAGIC, VERSION, width, tokenizer.vocab_size, len(tokens), tokenizer.name.encode("ascii"))
+    content = head.ljust(HEADER_BYTES, b"\0") + tokens.astype(f"<u{width}").tobytes()
+    write_atomically(path, content)
+    return {"file": path.name, "tokens": len(tokens), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def write_dataset(folder: Path, splits: dict[str, np.ndarray], tokenizer: Tokenizer, source: str) -> None:
+    """Write each split as one shard, then the tokenizer, then the manifest: without a manifest there is no data set."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    entries = {split: [write_shard(folder / f"{split}_000000.bin", ids, tokenizer)] for split, ids in splits.items()}
+    write_atomically(folder / "tokenizer.json", tokenizer.to_json().encode())
+    manifest = {"version": VERSION, "source": source, "tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size}
+    write_atomically(folder / MANIFEST, json.dumps(manifest | {"splits": entries}, indent=1).encode())
+
+
+def read_shard(path: Path, tokenizer_name: str) -> np.ndarray:
+    """The tokens of a shard as a read-only memory map; UserError says what is wrong with the file."""
+    again = "prepare the data again (python prepare_data.py)"
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as f:
+            head = f.read(HEADER_BYTES)
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}: {again}") from None
+    if head[:8] != MAGIC:
+        raise UserError(f"{path} is not a token shard of this program (it begins with {head[:8]!r}): {again}")
+    if size < HEADER_BYTES:
+        raise UserError(f"{path} is cut off inside its header: {again}")
+    _, version, width, vocab_size, count, name = HEADER.unpack_from(head)
+    name = name.rstrip(b"\0").decode("ascii", errors="replace")
+    if version != VERSION:
+        raise UserError(f"{path} has format version {version}, this program reads {VERSION}: {again}")
+    if width not in (2, 4):
+        raise UserError(f"{path} says {width} bytes per token, allowed are 2 and 4: {again}")
+    if size != HEADER_BYTES + width * count:
+        expected = HEADER_BYTES + width * count
+        raise UserError(f"{path} is damaged: {count} tokens should take {expected} bytes, not {size}: {again}")
+    if name != tokenizer_name:
+        raise UserError(f"{path} was made with the tokenizer {name}, its data set says {tokenizer_name}: {again}")
+    if count == 0:
+        return np.empty(0, dtype=f"<u{width}")
+    tokens = np.memmap(path, dtype=f"<u{width}", mode="r", offset=HEADER_BYTES, shape=(count,))
+    if count <= 2**24 and int(tokens.max()) >= vocab_size:  # small enough to look through at every start
+        at = int(np.argmax(tokens >= vocab_size))
+        raise UserError(f"{path} is damaged: token {at} is {int(tokens[at])}, the vocabulary has {vocab_size}: {again}")
+    return tokens
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A prepared data set: its tokenizer, and the shards of each split as memory maps."""
+
+    folder: Path
+    tokenizer: Tokenizer
+    splits: dict[str, list[np.ndarray]]
+    sha256: str  # of the manifest, which holds every shard's: two data sets with equal sha256 are equal
+
+    def split(self, name: str) -> "TokenStream":
+        return TokenStream(self.splits[name])
+
+
+def open_dataset(folder: Path) -> Dataset:
+    """Open a folder made by prepare_data.py and check every header; UserError with the command to type if it is not one."""
+    known = [folder.name] if folder.name in ("shakespeare", "shakespeare_char") else ["path/to/your.txt"]
+    if not (folder / MANIFEST).is_file():
+        raise UserError(f"{folder} holds no prepared data: type python prepare_data.py {known[0]}")
+    try:
+        raw = (folder / MANIFEST).read_bytes()
+        manifest = json.loads(raw)
+        tokenizer = from_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        files = {split: [str(e["file"]) for e in entries] for split, entries in manifest["splits"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
+        raise UserError(f"{folder} is damaged ({type(e).__name__}: {e}): prepare the data again") from None
+    for split in ("train", "val"):
+        if split not in files:
+            raise UserError(f"{folder} has no {split} split: prepare the data again")
+    if bad := next((f for names in files.values() for f in names if Path(f).name != f), None):
+        raise UserError(f"{folder}/{MANIFEST} names a file outside its folder ({bad}): prepare the data again")
+    splits = {split: [read_shard(folder / f, tokenizer.name) for f in names] for split, names in files.items()}
+    return Dataset(folder, tokenizer, splits, hashlib.sha256(raw).hexdigest())
+
+
+class TokenStream:
+    """The shards of a split as one long sequence of tokens."""
+
+    def __init__(self, shards: list[np.ndarray]):
+        self.shards = shards
+        self.ends = np.cumsum([len(s) for s in shards])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens [start, start + count) as int64, across shard borders."""
+        parts, shard = [], int(np.searchsorted(self.ends, start, side="right"))
+        while count > 0:
+            offset = start - (int(self.ends[shard]) - len(self.shards[shard]))
+            part = self.shards[shard][offset : offset + count]
+            parts.append(part.astype(np.int64))
+            start, count, shard = start + len(part), count - len(part), shard + 1
+        return np.concatenate(parts)
+
+
+def sequence_count(stream: TokenStream, block_size: int, what: str) -> int:
+    """How many whole sequences of block_size inputs with their targets a stream holds; UserError if none."""
+    n = (len(stream) - 1) // block_size
+    if n < 1:
+        remedy = f"type --block_size={max(1, len(stream) - 1)}" if len(stream) > 1 else "prepare a longer text"
+        raise UserError(f"{what} has {len(stream)} tokens, too few for block_size={block_size}: {remedy}")
+    return n
+
+
+class TrainBatches:
+    """Which training tokens are seen when. Sequence number g = 0, 1, 2 … of the run lies in epoch g // n; each epoch is a
+    new permutation of the n sequences, so each of its n·T target tokens is seen exactly once, whatever the batch or world
+    size. The (tokens - 1) mod T that do not fill a sequence are left out at a different place in each epoch.
+    """
+
+    def __init__(self, stream: TokenStream, block_size: int, seed: int, order: str):
+        self.stream, self.T, self.seed, self.order = stream, block_size, seed, order
+        self.n = sequence_count(stream, block_size, "the training split")
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 - one long-lived object; a batch may straddle two epochs
+    def _epoch(self, epoch: int) -> tuple[int, np.ndarray]:
+        # Philox is counter-based: (seed, epoch) alone decides the numbers
+        random = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+        offset = int(random.integers((len(self.stream) - 1) % self.T + 1))
+        return offset, random.permutation(self.n)
+
+    def start_of(self, g: int) -> int:
+        """Position in the stream of the g-th sequence of the run."""
+        if self.order == "shuffled":
+            offset, permutation = self._epoch(g // self.n)
+            return offset + int(permutation[g % self.n]) * self.T
+        return g % self.n * self.T  # sequential
+
+    def batch(
+        self, step: int, micro: int, batch_size: int, accumulation: int, rank: int, world_size: int
+    ) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, (batch_size, T) int64 each, of one forward pass of one process.
+
+        The sequences of a step are dealt out micro-step by micro-step, then rank by rank: which of them belong to the step
+        depends on their number alone.
+        """
+        first = (micro * world_size + rank) * batch_size
+        if self.order != "one_batch":
+            first += step * accumulation * world_size * batch_size
+        starts = [self.start_of(g) for g in range(first, first + batch_size)]
+        tokens = torch.from_numpy(np.stack([self.stream.read(s, self.T + 1) for s in starts]))
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def validation_batches(stream: TokenStream, block_size: int, limit: int, batch_size: int, rank: int, world_size: int):
+    """Yield (inputs, targets) that cover the first `limit` target tokens of a split once, in order, over all ranks.
+
+    Shapes are always (batch_size, T), so that a compiled model sees one shape; what lies past the end has target -100.
+    Every rank yields equally often.
+    """
+    sequence_count(stream, block_size, "the validation split")
+    total = min(len(stream) - 1, limit)
+    rows = -(-total // block_size)
+    for first in range(rank * batch_size, rows + rank * batch_size, world_size * batch_size):
+        x = np.zeros((batch_size, block_size), dtype=np.int64)
+        y = np.full((batch_size, block_size), -100, dtype=np.int64)
+        for row in range(first, min(first + batch_size, rows)):
+            start = row * block_size
+            tokens = stream.read(start, min(block_size, total - start) + 1)
+            x[row - first, : len(tokens) - 1], y[row - first, : len(tokens) - 1] = tokens[:-1], tokens[1:]
+        yield torch.from_numpy(x), torch.from_numpy(y)

@@ -1,0 +1,29 @@
+"""AdamW with decay on matrices only, and learning rates as a pure function of the step."""
+
+import math
+
+import torch
+from torch import nn
+
+from configurator import Config
+
+
+def learning_rate(cfg: Config, step: int) -> float:
+    """The learning rate of step 0, 1, … max_steps - 1: linear warm-up, then the schedule down to min_lr at the end."""
+    if step < cfg.warmup_steps:
+        return cfg.learning_rate * (step + 1) / cfg.warmup_steps  # the first step already moves
+    if cfg.schedule == "constant":
+        return cfg.learning_rate
+    left = 1.0 - min(1.0, (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps))
+    share = left if cfg.schedule == "linear" else 0.5 * (1.0 - math.cos(math.pi * left))
+    return cfg.min_lr + share * (cfg.learning_rate - cfg.min_lr)
+
+
+def adamw(cfg: Config, model: nn.Module) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019). Matrices (two dimensions, embeddings included) decay; biases and norms do not."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    # Unfused means torch's plain loop: not its foreach form, which "unset" would choose on CUDA.
+    how = dict(fused=True) if cfg.fused_adamw else dict(fused=False, foreach=False)
+    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), **how)

