@@ -45,6 +45,8 @@ class Config(GPTConfig):
     """optimizer steps in the whole run"""
     tokens_per_step: int = 524_288
     """tokens per optimizer step, over all processes; accumulation follows from it, so it alone decides what is learned"""
+    sequence_length: int = 0
+    """T, tokens per training sequence; 0: the whole block_size"""
     batch_size: int = 16
     """sequences per forward pass and process (the micro-batch): a matter of memory and speed only"""
     learning_rate: float = 6e-4
@@ -116,25 +118,34 @@ class Config(GPTConfig):
         for name in ("beta1", "beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UserError(f"{name}={getattr(self, name)} must lie in [0, 1)")
-        if self.tokens_per_step % self.block_size:
-            near = max(1, round(self.tokens_per_step / self.block_size)) * self.block_size
+        if not 0 <= self.sequence_length <= self.block_size:
             raise UserError(
-                f"tokens_per_step={self.tokens_per_step} is not a multiple of block_size={self.block_size}: "
+                f"sequence_length={self.sequence_length} must lie between 1 and block_size={self.block_size} (0: block_size)"
+            )
+        if self.tokens_per_step % self.T:
+            near = max(1, round(self.tokens_per_step / self.T)) * self.T
+            raise UserError(
+                f"tokens_per_step={self.tokens_per_step} is not a multiple of the sequence length {self.T}: "
                 f"type --tokens_per_step={near}"
             )
 
+    @property
+    def T(self) -> int:
+        """Tokens per training sequence."""
+        return self.sequence_length or self.block_size
+
     def accumulation_steps(self, world_size: int) -> int:
         """Micro-batches per process and optimizer step. UserError if the three sizes do not divide."""
-        sequences, passes = self.tokens_per_step // self.block_size, self.batch_size * world_size
+        sequences, passes = self.tokens_per_step // self.T, self.batch_size * world_size
         if sequences % passes == 0:
             return sequences // passes
-        remedy = f"--tokens_per_step={math_ceil(sequences, passes) * self.block_size} (which changes what is learned)"
+        remedy = f"--tokens_per_step={math_ceil(sequences, passes) * self.T} (which changes what is learned)"
         if sequences % world_size == 0:
             share = sequences // world_size
             fitting = max(b for b in range(1, self.batch_size + 1) if share % b == 0)
             remedy = f"--batch_size={fitting}, or " + remedy
         raise UserError(
-            f"tokens_per_step={self.tokens_per_step} is {sequences} sequences of {self.block_size}, which does not split into "
+            f"tokens_per_step={self.tokens_per_step} is {sequences} sequences of {self.T}, which does not split into "
             f"micro-batches of batch_size={self.batch_size} on {world_size} process(es): type {remedy}"
         )
 

@@ -140,12 +140,12 @@ class TokenStream:
         return np.concatenate(parts)
 
 
-def sequence_count(stream: TokenStream, block_size: int, what: str) -> int:
-    """How many whole sequences of block_size inputs with their targets a stream holds; UserError if none."""
-    n = (len(stream) - 1) // block_size
+def sequence_count(stream: TokenStream, T: int, what: str) -> int:
+    """How many whole sequences of T inputs with their targets a stream holds; UserError if none."""
+    n = (len(stream) - 1) // T
     if n < 1:
-        remedy = f"type --block_size={max(1, len(stream) - 1)}" if len(stream) > 1 else "prepare a longer text"
-        raise UserError(f"{what} has {len(stream)} tokens, too few for block_size={block_size}: {remedy}")
+        remedy = f"type --sequence_length={len(stream) - 1}" if len(stream) > 1 else "prepare a longer text"
+        raise UserError(f"{what} has {len(stream)} tokens, too few for a sequence length of {T}: {remedy}")
     return n
 
 
@@ -155,9 +155,9 @@ class TrainBatches:
     size. The (tokens - 1) mod T that do not fill a sequence are left out at a different place in each epoch.
     """
 
-    def __init__(self, stream: TokenStream, block_size: int, seed: int, order: str):
-        self.stream, self.T, self.seed, self.order = stream, block_size, seed, order
-        self.n = sequence_count(stream, block_size, "the training split")
+    def __init__(self, stream: TokenStream, T: int, seed: int, order: str):
+        self.stream, self.T, self.seed, self.order = stream, T, seed, order
+        self.n = sequence_count(stream, T, "the training split")
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 - one long-lived object; a batch may straddle two epochs
     def _epoch(self, epoch: int) -> tuple[int, np.ndarray]:
@@ -189,20 +189,20 @@ class TrainBatches:
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def validation_batches(stream: TokenStream, block_size: int, limit: int, batch_size: int, rank: int, world_size: int):
+def validation_batches(stream: TokenStream, T: int, limit: int, batch_size: int, rank: int, world_size: int):
     """Yield (inputs, targets) that cover the first `limit` target tokens of a split once, in order, over all ranks.
 
     Shapes are always (batch_size, T), so that a compiled model sees one shape; what lies past the end has target -100.
     Every rank yields equally often.
     """
-    sequence_count(stream, block_size, "the validation split")
+    sequence_count(stream, T, "the validation split")
     total = min(len(stream) - 1, limit)
-    rows = -(-total // block_size)
+    rows = -(-total // T)
     for first in range(rank * batch_size, rows + rank * batch_size, world_size * batch_size):
-        x = np.zeros((batch_size, block_size), dtype=np.int64)
-        y = np.full((batch_size, block_size), -100, dtype=np.int64)
+        x = np.zeros((batch_size, T), dtype=np.int64)
+        y = np.full((batch_size, T), -100, dtype=np.int64)
         for row in range(first, min(first + batch_size, rows)):
-            start = row * block_size
-            tokens = stream.read(start, min(block_size, total - start) + 1)
+            start = row * T
+            tokens = stream.read(start, min(T, total - start) + 1)
             x[row - first, : len(tokens) - 1], y[row - first, : len(tokens) - 1] = tokens[:-1], tokens[1:]
         yield torch.from_numpy(x), torch.from_numpy(y)

@@ -65,14 +65,13 @@ class GPTConfig:
         """Rows of the embedding matrix: vocab_size rounded up to vocab_multiple."""
         return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
 
-    @property
-    def flops_per_token(self) -> int:
-        """Forward and backward operations per trained token: 6 per matmul weight + 12·L·C·T for attention.
+    def flops_per_token(self, T: int) -> int:
+        """Forward and backward operations per token trained in sequences of T: 6 per matmul weight + 12·L·C·T for attention.
 
         Source: PaLM, appendix B (Chowdhery et al. 2022). Lookups (embeddings), norms and the optimizer are not counted.
         """
         matmul_weights = 12 * self.n_layer * self.n_embd**2 + self.padded_vocab_size * self.n_embd
-        return 6 * matmul_weights + 12 * self.n_layer * self.n_embd * self.block_size
+        return 6 * matmul_weights + 12 * self.n_layer * self.n_embd * T
 
 
 # The four released sizes (https://github.com/openai/gpt-2).

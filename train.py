@@ -193,8 +193,8 @@ def build(cfg: Config) -> tuple[Run, list[str]]:
             f"{dataset.folder} has a vocabulary of {dataset.tokenizer.vocab_size}, the model of {cfg.vocab_size}: "
             f"type --vocab_size={dataset.tokenizer.vocab_size}"
         )
-    batches = data.TrainBatches(dataset.split("train"), cfg.block_size, cfg.seed, cfg.batch_order)
-    data.sequence_count(dataset.split("val"), cfg.block_size, "the validation split")
+    batches = data.TrainBatches(dataset.split("train"), cfg.T, cfg.seed, cfg.batch_order)
+    data.sequence_count(dataset.split("val"), cfg.T, "the validation split")
     accumulation = cfg.accumulation_steps(int(os.environ.get("WORLD_SIZE", 1)))
     if cfg.reuse_memory and not keep_freed_memory():
         raise UserError("reuse_memory=True did not take: malloc refused; type --reuse_memory=False")
@@ -262,7 +262,7 @@ def evaluate(run: Run) -> float:
     run.model.eval()
     sums = torch.zeros(2, dtype=torch.float64)  # on the CPU: mps has no float64
     for x, y in data.validation_batches(
-        run.dataset.split("val"), cfg.block_size, cfg.eval_tokens, cfg.batch_size, world.rank, world.size
+        run.dataset.split("val"), cfg.T, cfg.eval_tokens, cfg.batch_size, world.rank, world.size
     ):
         count = int((y >= 0).sum())
         if count == 0:  # this rank has run out: the mean over nothing is NaN
@@ -406,7 +406,7 @@ def train(cfg: Config) -> None:
     say(
         f"{on['parameters'] / 1e6:.2f}M parameters; {len(run.batches.stream):,} training tokens, {run.batches.n:,} sequences; "
         f"step = {cfg.tokens_per_step} tokens = {run.accumulation} micro-batches x {cfg.batch_size} sequences x "
-        f"{cfg.block_size} tokens x {world.size} process(es)"
+        f"{cfg.T} tokens x {world.size} process(es)"
     )
     versions = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}
     log.write({"event": "start", "step_done": start_step, "config": asdict(cfg), "effective": on, "versions": versions})
@@ -426,7 +426,7 @@ def train(cfg: Config) -> None:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - tick
         rate = cfg.tokens_per_step / seconds
-        mfu = rate * cfg.flops_per_token / (peak * world.size) if peak else None
+        mfu = rate * cfg.flops_per_token(cfg.T) / (peak * world.size) if peak else None
         record = {
             "step": done,
             "loss": loss,
