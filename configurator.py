@@ -48,7 +48,7 @@ class Config(GPTConfig):
     sequence_length: int = 0
     """T, tokens per training sequence; 0: the whole block_size"""
     batch_size: int = 16
-    """sequences per forward pass and process (the micro-batch): a matter of memory and speed only"""
+    """most sequences in one forward pass of a process (the micro-batch): a matter of memory and speed only"""
     learning_rate: float = 6e-4
     """peak learning rate (6e-4: GPT-3 paper, table 2.1, 125M)"""
     min_lr: float = 6e-5
@@ -134,25 +134,20 @@ class Config(GPTConfig):
         """Tokens per training sequence."""
         return self.sequence_length or self.block_size
 
-    def accumulation_steps(self, world_size: int) -> int:
-        """Micro-batches per process and optimizer step. UserError if the three sizes do not divide."""
-        sequences, passes = self.tokens_per_step // self.T, self.batch_size * world_size
-        if sequences % passes == 0:
-            return sequences // passes
-        remedy = f"--tokens_per_step={math_ceil(sequences, passes) * self.T} (which changes what is learned)"
-        if sequences % world_size == 0:
-            share = sequences // world_size
-            fitting = max(b for b in range(1, self.batch_size + 1) if share % b == 0)
-            remedy = f"--batch_size={fitting}, or " + remedy
-        raise UserError(
-            f"tokens_per_step={self.tokens_per_step} is {sequences} sequences of {self.T}, which does not split into "
-            f"micro-batches of batch_size={self.batch_size} on {world_size} process(es): type {remedy}"
-        )
-
-
-def math_ceil(a: int, multiple: int) -> int:
-    """The smallest multiple of `multiple` that is at least `a`."""
-    return -(-a // multiple) * multiple
+    def split_step(self, world_size: int) -> tuple[int, int]:
+        """(micro-batch, accumulation steps) of each process: the largest micro-batch up to batch_size that divides its share
+        of the step. What the step learns from is the same for every answer. UserError if the shares are not equal.
+        """
+        sequences = self.tokens_per_step // self.T
+        if sequences % world_size:
+            raise UserError(
+                f"tokens_per_step={self.tokens_per_step} is {sequences} sequences of {self.T}, which {world_size} processes "
+                f"cannot share equally: type --tokens_per_step={-(-sequences // world_size) * world_size * self.T} "
+                f"(which changes what is learned), or start another number of processes"
+            )
+        share = sequences // world_size
+        micro_batch = max(b for b in range(1, min(self.batch_size, share) + 1) if share % b == 0)
+        return micro_batch, share // micro_batch
 
 
 def check_types(settings: Any) -> None:
@@ -246,7 +241,8 @@ def parse(default: T, argv: list[str], description: str) -> T:
     # tyro draws a box: its text is the lines up to the first rule
     lines = [re.sub(r"^│(.*)│$", r"\1", line).strip() for line in complaint.getvalue().splitlines()[1:]]
     text = " ".join(lines[: next((i for i, line in enumerate(lines) if line.startswith("─")), len(lines))])
-    raise UserError(re.sub(r"^Error parsing --(\w+)", r"cannot read --\1", text) or "cannot read the command line")
+    text = re.sub(r"^Error parsing --(\w+)", r"cannot read --\1", text)
+    raise UserError(re.sub(r"^Error parsing \w+: ", "", text) or "cannot read the command line")
 
 
 def load_file(path: str) -> Config:

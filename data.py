@@ -100,9 +100,12 @@ class Dataset:
 
 def open_dataset(folder: Path) -> Dataset:
     """Open a folder made by prepare_data.py and check every header; UserError with the command to type if it is not one."""
-    known = [folder.name] if folder.name in ("shakespeare", "shakespeare_char") else ["path/to/your.txt"]
     if not (folder / MANIFEST).is_file():
-        raise UserError(f"{folder} holds no prepared data: type python prepare_data.py {known[0]}")
+        named = folder.name in ("shakespeare", "shakespeare_char")
+        what = folder.name if named else f"path/to/your.txt --name={folder.name}"
+        others = sorted(p.parent.name for p in folder.parent.glob(f"*/{MANIFEST}"))
+        have = f" ({folder.parent} has {', '.join(others)})" if others else ""
+        raise UserError(f"{folder} holds no prepared data{have}: type python prepare_data.py {what}")
     try:
         raw = (folder / MANIFEST).read_bytes()
         manifest = json.loads(raw)

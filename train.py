@@ -68,7 +68,8 @@ class Run:
     net: nn.Module  # the same, replicated if there are several processes: what a training step calls
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    accumulation: int  # micro-batches per step and process
+    micro_batch: int  # sequences per forward pass of this process
+    accumulation: int  # forward passes per step of this process
 
     def autocast(self):
         """The context in which forward passes run."""
@@ -195,7 +196,11 @@ def build(cfg: Config) -> tuple[Run, list[str]]:
         )
     batches = data.TrainBatches(dataset.split("train"), cfg.T, cfg.seed, cfg.batch_order)
     data.sequence_count(dataset.split("val"), cfg.T, "the validation split")
-    accumulation = cfg.accumulation_steps(int(os.environ.get("WORLD_SIZE", 1)))
+    micro_batch, accumulation = cfg.split_step(int(os.environ.get("WORLD_SIZE", 1)))
+    if micro_batch != cfg.batch_size:
+        said.append(
+            f"micro-batches of {micro_batch} (batch_size={cfg.batch_size} does not divide a process's share of the step)"
+        )
     if cfg.reuse_memory and not keep_freed_memory():
         raise UserError("reuse_memory=True did not take: malloc refused; type --reuse_memory=False")
     set_fp32_precision(cfg.fp32_precision, device)
@@ -208,7 +213,7 @@ def build(cfg: Config) -> tuple[Run, list[str]]:
     compiled = compile_model(model, cfg)
     net = parallel.wrap(compiled, world, device)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "float16")
-    return Run(cfg, world, device, dataset, batches, model, compiled, net, optimizer, scaler, accumulation), said
+    return Run(cfg, world, device, dataset, batches, model, compiled, net, optimizer, scaler, micro_batch, accumulation), said
 
 
 # ---- one step ---------------------------------------------------------------------------------------------------------
@@ -223,7 +228,7 @@ def train_step(run: Run, step: int) -> tuple[float, float]:
     cfg, model = run.cfg, run.model
     total = torch.zeros((), device=run.device)
     for micro in range(run.accumulation):
-        x, y = run.to_device(*run.batches.batch(step, micro, cfg.batch_size, run.accumulation, run.world.rank, run.world.size))
+        x, y = run.to_device(*run.batches.batch(step, micro, run.micro_batch, run.accumulation, run.world.rank, run.world.size))
         last = micro == run.accumulation - 1
         with parallel.gradient_sync(run.net, on=last):
             with run.autocast():
@@ -262,7 +267,7 @@ def evaluate(run: Run) -> float:
     run.model.eval()
     sums = torch.zeros(2, dtype=torch.float64)  # on the CPU: mps has no float64
     for x, y in data.validation_batches(
-        run.dataset.split("val"), cfg.T, cfg.eval_tokens, cfg.batch_size, world.rank, world.size
+        run.dataset.split("val"), cfg.T, cfg.eval_tokens, run.micro_batch, world.rank, world.size
     ):
         count = int((y >= 0).sum())
         if count == 0:  # this rank has run out: the mean over nothing is NaN
@@ -287,6 +292,7 @@ def effective(run: Run) -> dict:
         "vocab_rows": run.model.lm_head.weight.size(0),
         "attention": run.model.transformer.h[0].attn.attend.__name__.removesuffix("_attention"),
         "world_size": run.world.size,
+        "micro_batch": run.micro_batch,
         "accumulation": run.accumulation,
         "threads": torch.get_num_threads(),
     }
@@ -402,10 +408,10 @@ def train(cfg: Config) -> None:
     on = effective(run)
     say(f"config of {out}:\n{configurator.describe(cfg)}")
     for line in said:
-        say(f"auto: {line}")
+        say(f"chosen: {line}")
     say(
         f"{on['parameters'] / 1e6:.2f}M parameters; {len(run.batches.stream):,} training tokens, {run.batches.n:,} sequences; "
-        f"step = {cfg.tokens_per_step} tokens = {run.accumulation} micro-batches x {cfg.batch_size} sequences x "
+        f"step = {cfg.tokens_per_step} tokens = {run.accumulation} micro-batches x {run.micro_batch} sequences x "
         f"{cfg.T} tokens x {world.size} process(es)"
     )
     versions = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}
