@@ -1,0 +1,313 @@
+"""model.py: the mathematics, against transformers, against itself written differently, and against what a GPT must obey."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import GPT, GPT2_SIZES, GPTConfig, KVCache, UserError, naive_attention, sdpa_attention
+
+ATTENTIONS = ["naive", "sdpa"]
+
+
+def build(cfg, seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    return GPT(cfg).to(dtype).eval()
+
+
+def tokens(cfg, B=2, T=None, seed=1):
+    return torch.randint(cfg.vocab_size, (B, T or cfg.block_size), generator=torch.Generator().manual_seed(seed))
+
+
+def meta_model(**changes):
+    with torch.device("meta"):
+        return GPT(GPTConfig(**changes))
+
+
+# ---- sizes
+
+
+@pytest.mark.parametrize(
+    ("size", "count"),
+    [("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)],
+)
+def test_released_sizes_have_their_published_parameter_counts(size, count):
+    model = meta_model(**GPT2_SIZES[size])
+    assert model.n_params() == sum(p.numel() for p in model.parameters()) == count
+
+
+@pytest.mark.parametrize(("tie", "count"), [(True, 124_439_808), (False, 163_037_184)])
+@pytest.mark.parametrize("multiple", [1, 128])
+def test_n_params_counts_shared_matrices_once_and_padding_never(tie, count, multiple):
+    model = meta_model(tie_weights=tie, vocab_multiple=multiple)
+    assert model.n_params() == count
+    padding = (50304 - 50257) * 768 * (1 if tie else 2) if multiple == 128 else 0
+    assert sum(p.numel() for p in model.parameters()) == count + padding
+
+
+def test_flops_per_token_is_the_palm_count():
+    assert GPTConfig(vocab_multiple=128).flops_per_token(T=1024) == pytest.approx(854.65e6, rel=1e-5)  # FACTS.md
+
+
+@pytest.mark.parametrize(("V", "multiple", "padded"), [(50257, 128, 50304), (50257, 1, 50257), (128, 128, 128), (1, 128, 128)])
+def test_padded_vocab_size_is_the_next_multiple(V, multiple, padded):
+    assert GPTConfig(vocab_size=V, vocab_multiple=multiple).padded_vocab_size == padded
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(n_embd=768, n_head=7), "--n_head=(6|8)"),
+        (dict(n_layer=0), "n_layer=0"),
+        (dict(vocab_size=-1), "vocab_size=-1"),
+        (dict(block_size=0), "block_size=0"),
+        (dict(vocab_multiple=0), "vocab_multiple=0"),
+        (dict(n_head=0), "n_head=0"),
+        (dict(dropout=1.0), "dropout=1.0"),
+        (dict(dropout=-0.1), "dropout=-0.1"),
+        (dict(dropout=float("nan")), "dropout=nan"),
+    ],
+)
+def test_impossible_shapes_are_refused_with_the_value_and_the_remedy(changes, message):
+    with pytest.raises(UserError, match=message):
+        GPTConfig(**changes)
+
+
+def test_the_suggested_head_count_is_accepted():
+    with pytest.raises(UserError) as refusal:
+        GPTConfig(n_embd=100, n_head=11)
+    GPTConfig(n_embd=100, n_head=int(str(refusal.value).rpartition("=")[2]))
+
+
+# ---- the same function as transformers' GPT-2
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("tie", [True, False])
+def test_logits_and_loss_equal_transformers(tiny, attention, tie):
+    """Every weight and bias random, so that nothing hides behind zeros; the mapping here is independent of pretrained.py."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers.pytorch_utils import Conv1D
+
+    cfg = tiny(attention=attention, tie_weights=tie)
+    shape = dict(n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd, vocab_size=cfg.vocab_size)
+    theirs = GPT2LMHeadModel(GPT2Config(**shape, n_positions=cfg.block_size, tie_word_embeddings=tie)).double().eval()
+    torch.manual_seed(0)
+    for p in theirs.parameters():
+        p.data.normal_(std=0.3)
+    conv = {f"{name}.weight" for name, module in theirs.named_modules() if isinstance(module, Conv1D)}
+    ours = build(cfg, dtype=torch.float64)
+    ours.load_state_dict({name: t.t() if name in conv else t for name, t in theirs.state_dict().items()})
+    idx = tokens(cfg)
+    torch.testing.assert_close(ours(idx), theirs(idx).logits, rtol=0, atol=1e-9)
+    loss = theirs(idx, labels=idx).loss  # theirs shifts the labels by itself
+    torch.testing.assert_close(ours(idx[:, :-1], idx[:, 1:]), loss, rtol=0, atol=1e-5, check_dtype=False)
+
+
+# ---- attention
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_causality_by_gradient(tiny, attention):
+    """d logits[t] / d embedding[u] is exactly zero for u > t, and not zero for u <= t."""
+    cfg = tiny(attention=attention, block_size=7, init="pytorch")
+    model, seen = build(cfg, dtype=torch.float64), []
+    model.transformer.wte.register_forward_hook(lambda _m, _i, out: seen.append(out.detach().requires_grad_()) or seen[-1])
+    logits = model(tokens(cfg, B=1))
+    reach = torch.stack(
+        [torch.autograd.grad(logits[0, t].norm(), seen[0], retain_graph=True)[0][0].abs().sum(1) for t in range(7)]
+    )
+    assert torch.equal(reach > 0, torch.ones(7, 7).tril().bool()), reach
+
+
+@pytest.mark.parametrize(("T", "S"), [(9, 9), (1, 9), (4, 9), (1, 1), (8, 9)])
+def test_naive_and_sdpa_agree_in_float64_with_gradients(T, S):
+    """Also where the T queries are the last of S positions, as behind a cache."""
+    results = []
+    for attend in (naive_attention, sdpa_attention):
+        g = torch.Generator().manual_seed(0)
+        q, k, v = (torch.randn(2, 3, n, 8, generator=g, dtype=torch.float64, requires_grad=True) for n in (T, S, S))
+        y = attend(q, k, v, 0.0)
+        results.append([y, *torch.autograd.grad((y * torch.randn(y.shape, generator=g, dtype=y.dtype)).sum(), (q, k, v))])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_naive_attention_is_the_softmax_written_as_a_loop(attention):
+    T, S, D = 3, 5, 4
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, n, D, generator=g) for n in (T, S, S))
+    expected = []
+    for t in range(T):
+        last = S - T + t  # this query's own position
+        w = [math.exp((q[0, 0, t] @ k[0, 0, s]).item() / math.sqrt(D)) for s in range(last + 1)]
+        expected.append(sum(w[s] / sum(w) * v[0, 0, s] for s in range(last + 1)))
+    attend = {"naive": naive_attention, "sdpa": sdpa_attention}[attention]
+    torch.testing.assert_close(attend(q, k, v, 0.0)[0, 0], torch.stack(expected))
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("chunks", [[32], [1] * 32, [5, 1, 20, 6], [31, 1]])
+def test_reading_in_pieces_through_the_cache_gives_the_same_logits(tiny, attention, chunks):
+    cfg = tiny(attention=attention, init="pytorch")
+    model, idx = build(cfg), tokens(cfg)
+    cache = KVCache(cfg, 2, idx.device, torch.float32)
+    with torch.inference_mode():
+        pieces = torch.cat([model(piece, cache=cache) for piece in idx.split(chunks, dim=1)], dim=1)
+        torch.testing.assert_close(pieces, model(idx), rtol=0, atol=1e-5)
+    assert cache.length == 32
+
+
+def test_too_long_an_input_is_refused(tiny):
+    cfg = tiny()
+    model = build(cfg)
+    with pytest.raises(AssertionError, match="33 tokens"):
+        model(torch.zeros(1, 33, dtype=torch.long))
+    cache = KVCache(cfg, 1, torch.device("cpu"), torch.float32)
+    model(torch.zeros(1, 32, dtype=torch.long), cache=cache)
+    with pytest.raises(AssertionError, match="33 tokens"):
+        model(torch.zeros(1, 1, dtype=torch.long), cache=cache)
+
+
+# ---- loss and head
+
+
+def test_last_only_is_the_last_column(tiny):
+    cfg = tiny()
+    model, idx = build(cfg), tokens(cfg)
+    torch.testing.assert_close(model(idx, last_only=True), model(idx)[:, -1:], rtol=0, atol=1e-6)
+
+
+def test_positions_with_target_minus_100_do_not_count(tiny):
+    cfg = tiny()
+    model, idx, targets = build(cfg), tokens(cfg), tokens(cfg, seed=2)
+    counts = torch.rand(targets.shape, generator=torch.Generator().manual_seed(3)) < 0.5
+    nats = F.cross_entropy(model(idx).transpose(1, 2), targets, reduction="none")
+    torch.testing.assert_close(model(idx, targets.masked_fill(~counts, -100)), nats[counts].mean())
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("init", ["gpt2", "pytorch"])
+def test_loss_at_init_is_near_that_of_guessing(tiny, tie, init):
+    cfg = tiny(tie_weights=tie, init=init, n_embd=128)
+    spread = 0.15 if init == "gpt2" else 0.4  # logits of std σ add about σ²/2 nats: 0.02²·C/2 or (1/3)/2
+    assert build(cfg)(tokens(cfg, B=64), tokens(cfg, B=64, seed=2)).item() == pytest.approx(math.log(65), abs=spread)
+
+
+def test_loss_is_float32_under_autocast(tiny):
+    cfg = tiny()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert build(cfg)(tokens(cfg), tokens(cfg)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_dropout_acts_in_training_only(tiny, attention):
+    cfg = tiny(dropout=0.5, attention=attention)
+    model, idx = build(cfg), tokens(cfg)
+    assert torch.equal(model(idx), build(tiny(attention=attention))(idx))
+    model.train()
+    assert not torch.equal(model(idx), model(idx))
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_dropout_drops_its_share_in_all_four_places(tiny, attention):
+    """Embeddings, attention weights (with one key, a head's whole output goes), and the ends of both branches."""
+    model, seen = build(tiny(dropout=0.3, attention=attention, init="pytorch")).train(), {}
+    block = model.transformer.h[0]
+    block.register_forward_pre_hook(lambda _m, args: seen.update(embeddings=args[0]))
+    block.attn.c_proj.register_forward_pre_hook(lambda _m, args: seen.update(attention_weights=args[0]))
+    block.attn.register_forward_hook(lambda _m, _i, out: seen.update(attention=out))
+    block.mlp.register_forward_hook(lambda _m, _i, out: seen.update(mlp=out))
+    model(tokens(model.cfg, B=2000, T=1))
+    assert {k: (v == 0).float().mean().item() for k, v in seen.items()} == pytest.approx(dict.fromkeys(seen, 0.3), abs=0.05)
+    assert len(seen) == 4
+
+
+# ---- the padded vocabulary
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("init", ["gpt2", "pytorch"])
+def test_padding_the_vocabulary_changes_nothing(tiny, tie, init):
+    """Same seed: same weights, logits, loss and gradients; padding rows are zero, get a zero gradient and no logit."""
+    plain, padded = (build(tiny(tie_weights=tie, init=init, vocab_multiple=m)) for m in (1, 32))
+    idx, targets = tokens(plain.cfg), tokens(plain.cfg, seed=2)
+    assert padded.transformer.wte.weight.size(0) == padded.lm_head.weight.size(0) == 96
+    assert padded(idx).shape == (2, 32, 65)
+    torch.testing.assert_close(padded(idx), plain(idx), rtol=0, atol=1e-6)
+    for model in (plain, padded):
+        model(idx, targets).backward()
+    for (name, a), b in zip(plain.named_parameters(), padded.parameters(), strict=True):
+        assert torch.equal(a, b[: a.size(0)]), name
+        torch.testing.assert_close(a.grad, b.grad[: a.size(0)], rtol=1e-5, atol=1e-7)
+        assert not b[a.size(0) :].any(), name
+        assert not b.grad[a.size(0) :].any(), name
+
+
+def test_padding_rows_have_no_probability_even_if_they_are_not_zero(tiny):
+    cfg = tiny(vocab_multiple=32, tie_weights=False)
+    model, idx, targets = build(cfg), tokens(cfg), tokens(cfg, seed=2)
+    before = model(idx, targets).item()
+    model.lm_head.weight.data[65:] = 100.0
+    assert model(idx, targets).item() == before
+
+
+# ---- initial weights
+
+STD_CFG = dict(n_embd=128, vocab_size=500, block_size=64, n_layer=3)
+
+
+@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize("tie", [True, False])
+def test_gpt2_init_has_gpt2s_spreads(tiny, scale, tie):
+    """normal(0.02); positions 0.01; residual outputs over sqrt(2·n_layer); biases 0; LayerNorm gains 1."""
+    for name, p in build(tiny(**STD_CFG, scale_residual_init=scale, tie_weights=tie)).named_parameters():
+        if p.dim() == 1:
+            assert (p == float("ln" in name and name.endswith("weight"))).all(), name
+            continue
+        std = 0.01 if "wpe" in name else 0.02 / math.sqrt(6) if "c_proj" in name and scale else 0.02
+        assert p.std().item() == pytest.approx(std, rel=0.05), name
+        assert abs(p.mean().item()) < std / 20, name
+
+
+@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize("tie", [True, False])
+def test_pytorch_init_has_pytorchs_spreads(tiny, scale, tie):
+    """Linears uniform in ±1/sqrt(fan_in), bias alike; embeddings normal(1); a tied matrix keeps the head's: ±1/sqrt(C)."""
+    model = build(tiny(**STD_CFG, init="pytorch", scale_residual_init=scale, tie_weights=tie))
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            assert (module.weight == 1).all()
+            assert (module.bias == 0).all()
+        elif isinstance(module, torch.nn.Embedding) and not (tie and name.endswith("wte")):
+            assert module.weight.std().item() == pytest.approx(1, rel=0.05), name
+        elif isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            bound = 1 / math.sqrt(module.weight.size(1))
+            shrink = math.sqrt(6) if "c_proj" in name and scale else 1
+            parts = [(module.weight, bound / shrink)]
+            parts += [(module.bias, bound)] if getattr(module, "bias", None) is not None else []
+            for p, limit in parts:
+                assert p.abs().max().item() <= limit * (1 + 1e-6), name
+                assert p.abs().max().item() > limit * 0.95, name
+                assert p.std().item() == pytest.approx(limit / math.sqrt(3), rel=0.05 if p.dim() > 1 else 0.2), name
+
+
+@pytest.mark.parametrize("init", ["gpt2", "pytorch"])
+def test_the_seed_decides_the_weights(tiny, init):
+    a, b, other = (build(tiny(init=init), seed).state_dict() for seed in (5, 5, 6))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["transformer.wte.weight"], other["transformer.wte.weight"])
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_tied_means_one_parameter(tiny, tie):
+    model = build(tiny(tie_weights=tie))
+    assert (model.lm_head.weight is model.transformer.wte.weight) == tie
+
+
+def test_without_bias_there_is_none(tiny):
+    model = build(tiny(bias=False))
+    assert not [name for name, _ in model.named_parameters() if name.endswith("bias")]
+    assert model(tokens(model.cfg)).isfinite().all()
