@@ -135,12 +135,12 @@ def main(argv: list[str]) -> None:
     if len(places) != 1:
         raise UserError('which model? type python sample.py out/shakespeare --prompt "ROMEO:" (one model, then settings)')
     import checkpoint  # after --help
-    import train
+    import machine
 
     text = read_prompt(cfg)
-    device = train.pick_device(cfg.device)
+    device = machine.pick_device(cfg.device)
     model, tokenizer = checkpoint.load_model(places[0], say=lambda line: print(line, file=sys.stderr))
-    model = model.to(device, train.DTYPES[cfg.dtype]).eval()
+    model = model.to(device, machine.DTYPES[cfg.dtype]).eval()
     start = [tokenizer.end_of_text] if tokenizer.end_of_text is not None else tokenizer.encode("\n")
     prompt = tokenizer.encode(text) or start
     if len(prompt) > model.cfg.block_size:

@@ -9,19 +9,13 @@ Any setting of configurator.py can be typed as --name=value. Ctrl-C (or SIGTERM)
 """
 
 import contextlib
-import ctypes
 import json
 import math
 import os
-import platform
-import resource
-import shutil
 import signal
 import sys
-import sysconfig
 import time
-from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -30,28 +24,11 @@ from torch import Tensor, nn
 import checkpoint
 import configurator
 import data
+import machine
 import optim
 import parallel
 from configurator import Config
 from model import GPT, UserError
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-# Dense bf16/fp16 matmul peaks in FLOP/s, without sparsity, from the makers' data sheets. Longest matching name wins.
-PEAK_FLOPS = {
-    "NVIDIA B200": 2250e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA L40S": 362e12,
-    "NVIDIA L4": 121e12,
-    "NVIDIA A10G": 70e12,
-    "NVIDIA GeForce RTX 4090": 165e12,
-    "NVIDIA GeForce RTX 3090": 71e12,
-    "Tesla V100": 125e12,
-    "Tesla T4": 65e12,
-}
 
 
 @dataclass
@@ -75,7 +52,7 @@ class Run:
         """The context in which forward passes run."""
         if self.cfg.dtype == "float32":
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=DTYPES[self.cfg.dtype])
+        return torch.autocast(self.device.type, dtype=machine.DTYPES[self.cfg.dtype])
 
     def to_device(self, *tensors: Tensor) -> list[Tensor]:
         """Copies on the run's device; from pinned memory on CUDA, so that the host does not wait for them."""
@@ -86,87 +63,6 @@ class Run:
 
 class TrainingStopped(UserError):
     """Training cannot go on from here; the parameters are those before the step."""
-
-
-# ---- what this machine can do -----------------------------------------------------------------------------------------
-
-
-def pick_device(wanted: str) -> torch.device:
-    """The device of this process. UserError if it was named and is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = next(n for n, ok in there.items() if ok) if wanted == "auto" else wanted
-    if not there[name]:
-        have = ", ".join(n for n, ok in there.items() if ok)
-        raise UserError(f"device={wanted} is not on this machine: type --device=auto (it has {have})")
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
-
-
-def best_dtype(device: torch.device) -> str:
-    """The fastest autocast precision that the hardware multiplies by itself."""
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-        return "bfloat16"
-    return "float32"
-
-
-def why_no_compile(device: torch.device) -> str | None:
-    """What torch.compile lacks here, or None."""
-    if device.type == "cuda":
-        return None if find_spec("triton") else "the package triton is not installed"
-    if device.type == "mps":
-        return "torch.compile on mps is still a prototype"
-    if not any(shutil.which(c) for c in ([os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++"])):
-        return "there is no C++ compiler (Debian: apt install g++)"
-    if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
-        return "Python.h is missing (Debian: apt install python3-dev)"
-    return None
-
-
-def keep_freed_memory() -> bool:
-    """Tell glibc's malloc to keep what is freed instead of returning it to the kernel. True if it took.
-
-    Large tensors are otherwise mapped and unmapped at every step, and each page is zeroed by the kernel when it is touched
-    again: a quarter of a CPU step of GPT-2 124M. Costs: the process holds its peak memory until it ends.
-    """
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
-        return False  # not glibc
-    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
-
-
-def resolve(cfg: Config, device: torch.device) -> tuple[Config, list[str]]:
-    """(cfg without any "auto", what was chosen and why). A setting asked for by name that cannot be had is a UserError."""
-    said = [f"device = {device.type}"] if cfg.device == "auto" else []
-    cfg = replace(cfg, device=device.type)
-    if cfg.dtype == "auto":
-        cfg = replace(cfg, dtype=best_dtype(device))
-        said.append(f"dtype = {cfg.dtype}" + (" (no hardware bf16 here)" if cfg.dtype != "bfloat16" else ""))
-    lacking = {
-        "compile": why_no_compile(device),
-        "fused_adamw": None,  # CUDA, MPS and CPU all have the kernel
-        "reuse_memory": None if device.type == "cpu" and platform.libc_ver()[0] == "glibc" else "it needs a CPU and glibc",
-    }
-    for name, reason in lacking.items():
-        wanted = getattr(cfg, name)
-        if wanted is True and reason:
-            raise UserError(f"{name}=True cannot be had here: {reason}; or type --{name}=False")
-        if wanted == "auto":
-            cfg = replace(cfg, **{name: reason is None})
-            said.append(f"{name} = {reason is None}" + (f" ({reason})" if reason else ""))
-    return cfg, said
-
-
-def set_fp32_precision(how: str, device: torch.device) -> None:
-    """How float32 matmuls are multiplied inside, by the current API (torch.backends.*.fp32_precision)."""
-    backend = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
-    allowed = {"cuda": ("ieee", "tf32"), "cpu": ("ieee", "tf32", "bf16"), "mps": ("ieee",)}[device.type]
-    if how not in allowed:
-        raise UserError(f"fp32_precision={how} does not exist on {device.type}: type --fp32_precision={' or '.join(allowed)}")
-    if device.type != "mps":
-        backend.fp32_precision = how
 
 
 # ---- building ---------------------------------------------------------------------------------------------------------
@@ -186,8 +82,8 @@ def compile_model(model: GPT, cfg: Config) -> nn.Module:
 
 def build(cfg: Config) -> tuple[Run, list[str]]:
     """(the objects of a run, what was chosen for each "auto"). The same seed gives the same weights on every device."""
-    device = pick_device(cfg.device)
-    cfg, said = resolve(cfg, device)
+    device = machine.pick_device(cfg.device)
+    cfg, said = machine.resolve(cfg, device)
     dataset = data.open_dataset(Path(cfg.data_dir) / cfg.dataset)
     if dataset.tokenizer.vocab_size != cfg.vocab_size:
         raise UserError(
@@ -201,9 +97,9 @@ def build(cfg: Config) -> tuple[Run, list[str]]:
         said.append(
             f"micro-batches of {micro_batch} (batch_size={cfg.batch_size} does not divide a process's share of the step)"
         )
-    if cfg.reuse_memory and not keep_freed_memory():
+    if cfg.reuse_memory and not machine.keep_freed_memory():
         raise UserError("reuse_memory=True did not take: malloc refused; type --reuse_memory=False")
-    set_fp32_precision(cfg.fp32_precision, device)
+    machine.set_fp32_precision(cfg.fp32_precision, device)
 
     world = parallel.start(device.type)
     torch.manual_seed(cfg.seed)
@@ -299,23 +195,6 @@ def effective(run: Run) -> dict:
 
 
 # ---- the loop ---------------------------------------------------------------------------------------------------------
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Data-sheet bf16 peak of the device in FLOP/s, None if it is not in the table."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    matches = [k for k in PEAK_FLOPS if name.startswith(k)]
-    return PEAK_FLOPS[max(matches, key=len)] if matches else None
-
-
-def memory_gib(device: torch.device) -> float:
-    """Peak memory so far: of the device on CUDA, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 class Log:
@@ -414,15 +293,15 @@ def train(cfg: Config) -> None:
         f"step = {cfg.tokens_per_step} tokens = {run.accumulation} micro-batches x {run.micro_batch} sequences x "
         f"{cfg.T} tokens x {world.size} process(es)"
     )
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}
-    log.write({"event": "start", "step_done": start_step, "config": asdict(cfg), "effective": on, "versions": versions})
+    where = machine.describe(run.device)
+    log.write({"event": "start", "step_done": start_step, "config": asdict(cfg), "effective": on, "machine": where})
     if start_step >= cfg.max_steps:
         say(f"{out} is at step {start_step} already; max_steps={cfg.max_steps}")
 
     stopping: list[int] = []  # signals received
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, _: stopping.append(n))
-    peak, began, val_loss = peak_flops(run.device), time.perf_counter(), None
+    peak, began, val_loss = machine.peak_flops(run.device), time.perf_counter(), None
 
     for step in range(start_step, cfg.max_steps):
         done = step + 1
@@ -441,7 +320,7 @@ def train(cfg: Config) -> None:
             "ms": 1e3 * seconds,
             "tokens_per_s": rate,
             "mfu": mfu,
-            "memory_gib": memory_gib(run.device),
+            "memory_gib": machine.memory_gib(run.device),
         }
         log.write(record)
         stop = parallel.sum_over_ranks(torch.tensor(float(bool(stopping)), device=run.device)).item() > 0

@@ -1,11 +1,13 @@
 """What all tests share: the import path, one thread, a tiny model's configuration, and a way to run a script."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 
@@ -48,3 +50,63 @@ def run_script():
         return subprocess.run(command, env=env, timeout=timeout, **how)
 
     return run
+
+
+# ---- training runs in miniature -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def text() -> str:
+    """20,000 characters with something to learn in them: words of a small dictionary, in no order."""
+    random = np.random.default_rng(0)
+    words = "the cat sat on a mat, while another dog ran after its own tail and fell.\n".split(" ")
+    return " ".join(random.choice(words, 6000))[:20_000]
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory, text) -> Path:
+    """A data_dir with one data set, "tiny": the text above, one id per character."""
+    import prepare_data
+
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "tiny.txt").write_text(text, encoding="utf-8")
+    prepare_data.main([str(folder / "tiny.txt"), "--tokenizer=char", f"--data_dir={folder}"])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_run(prepared) -> dict:
+    """The settings, as keywords of Config, of a training run of milliseconds: a CPU, float32, 0.03M parameters."""
+    from data import open_dataset
+
+    model = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=open_dataset(prepared / "tiny").tokenizer.vocab_size)
+    steps = dict(batch_size=4, tokens_per_step=256, max_steps=6, learning_rate=1e-2, min_lr=1e-3, warmup_steps=2)
+    where = dict(dataset="tiny", data_dir=str(prepared), device="cpu", dtype="float32", compile=False, reuse_memory=False)
+    return model | steps | where | dict(eval_interval=3, eval_tokens=1000)
+
+
+@pytest.fixture(scope="session")
+def tiny_flags(tiny_run) -> list[str]:
+    """The same as flags."""
+    return [f"--{name}={value}" for name, value in tiny_run.items()]
+
+
+@pytest.fixture
+def own_signals():
+    """Put pytest's signal handlers back after a test that runs train.train()."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def gpt2_files():
+    """Skip, aloud, where GPT-2's vocabulary can be had neither from its address nor from the package index."""
+    import tokenizer
+    from model import UserError
+
+    try:
+        tokenizer.GPT2Tokenizer().encode("a")
+    except UserError as e:
+        pytest.skip(f"no GPT-2 vocabulary: {e}")

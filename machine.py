@@ -1,0 +1,170 @@
+"""What this machine is and can do: its device, precisions, compiler, memory allocator and peak rates."""
+
+import ctypes
+import os
+import platform
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from configurator import Config
+from model import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Dense bf16/fp16 matmul peaks in FLOP/s, without sparsity, from the makers' data sheets. Longest matching name wins.
+PEAK_FLOPS = {
+    "NVIDIA B200": 2250e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA A10G": 70e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+    "Tesla V100": 125e12,
+    "Tesla T4": 65e12,
+}
+
+
+def pick_device(wanted: str) -> torch.device:
+    """The device of this process. UserError if it was named and is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(n for n, ok in there.items() if ok) if wanted == "auto" else wanted
+    if not there[name]:
+        have = ", ".join(n for n, ok in there.items() if ok)
+        raise UserError(f"device={wanted} is not on this machine: type --device=auto (it has {have})")
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+
+
+def best_dtype(device: torch.device) -> str:
+    """The fastest autocast precision that the hardware multiplies by itself."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return "bfloat16"
+    return "float32"
+
+
+def why_no_compile(device: torch.device) -> str | None:
+    """What torch.compile lacks here, or None."""
+    if device.type == "cuda":
+        return None if find_spec("triton") else "the package triton is not installed"
+    if device.type == "mps":
+        return "torch.compile on mps is still a prototype"
+    if not any(shutil.which(c) for c in ([os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++"])):
+        return "there is no C++ compiler (Debian: apt install g++)"
+    if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
+        return "Python.h is missing (Debian: apt install python3-dev)"
+    return None
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc's malloc to keep what is freed instead of returning it to the kernel. True if it took.
+
+    Large tensors are otherwise mapped and unmapped at every step, and each page is zeroed by the kernel when it is touched
+    again: a quarter of a CPU step of GPT-2 124M. Costs: the process holds its peak memory until it ends.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return False  # not glibc
+    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def resolve(cfg: Config, device: torch.device) -> tuple[Config, list[str]]:
+    """(cfg without any "auto", what was chosen and why). A setting asked for by name that cannot be had is a UserError."""
+    said = [f"device = {device.type}"] if cfg.device == "auto" else []
+    cfg = replace(cfg, device=device.type)
+    if cfg.dtype == "auto":
+        cfg = replace(cfg, dtype=best_dtype(device))
+        said.append(f"dtype = {cfg.dtype}" + (" (no hardware bf16 here)" if cfg.dtype != "bfloat16" else ""))
+    lacking = {
+        "compile": why_no_compile(device),
+        "fused_adamw": None,  # CUDA, MPS and CPU all have the kernel
+        "reuse_memory": None if device.type == "cpu" and platform.libc_ver()[0] == "glibc" else "it needs a CPU and glibc",
+    }
+    for name, reason in lacking.items():
+        wanted = getattr(cfg, name)
+        if wanted is True and reason:
+            raise UserError(f"{name}=True cannot be had here: {reason}; or type --{name}=False")
+        if wanted == "auto":
+            cfg = replace(cfg, **{name: reason is None})
+            said.append(f"{name} = {reason is None}" + (f" ({reason})" if reason else ""))
+    return cfg, said
+
+
+def set_fp32_precision(how: str, device: torch.device) -> None:
+    """How float32 matmuls are multiplied inside, by the current API (torch.backends.*.fp32_precision)."""
+    backend = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    allowed = {"cuda": ("ieee", "tf32"), "cpu": ("ieee", "tf32", "bf16"), "mps": ("ieee",)}[device.type]
+    if how not in allowed:
+        raise UserError(f"fp32_precision={how} does not exist on {device.type}: type --fp32_precision={' or '.join(allowed)}")
+    if device.type != "mps":
+        backend.fp32_precision = how
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Data-sheet bf16 peak of the device in FLOP/s, None if it is not in the table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    matches = [k for k in PEAK_FLOPS if name.startswith(k)]
+    return PEAK_FLOPS[max(matches, key=len)] if matches else None
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory so far: of the device on CUDA, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def hardware_name(device: torch.device) -> str:
+    """What people call this hardware: "NVIDIA H200", or the CPU's model and how many cores this process may use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        name = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)[1]
+    except (OSError, TypeError):
+        pass  # not Linux, or a CPU that has no model name
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name.strip()}, {cores} cores" + (" (mps)" if device.type == "mps" else "")
+
+
+def describe(device: torch.device) -> dict:
+    """Hardware, versions and the state of the source tree, for every record of a measurement."""
+
+    def git(*args: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent)
+        except OSError:
+            return None  # no git here
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    status = git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "hardware": hardware_name(device),
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "system": f"{platform.system()} {platform.machine()}",
+        "commit": git("rev-parse", "--short", "HEAD"),
+        "dirty": None if status is None else bool(status),
+    }
