@@ -59,7 +59,7 @@ def run_script():
 def text() -> str:
     """20,000 characters with something to learn in them: words of a small dictionary, in no order."""
     random = np.random.default_rng(0)
-    words = "the cat sat on a mat, while another dog ran after its own tail and fell.\n".split(" ")
+    words = ["the", "cat", "sat", "on", "a", "mat,", "ran", "after", "its", "tail", "and", "fell.\n"]
     return " ".join(random.choice(words, 6000))[:20_000]
 
 

@@ -1,0 +1,308 @@
+"""configurator.py: what is typed arrives, what is mistyped is refused in one line with what to type instead."""
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import json
+import re
+import time
+from dataclasses import asdict, replace
+from typing import get_args
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+import configurator
+from configurator import Config, load
+from model import GPTConfig, UserError
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    """config_file("Config(seed=1)") -> path of a config file that ends with that."""
+
+    def write(expression: str, before: str = "") -> str:
+        path = tmp_path / "mine.py"
+        path.write_text(f"from configurator import Config\n{before}\nconfig = {expression}\n")
+        return str(path)
+
+    return write
+
+
+def refused(argv: list[str]) -> str:
+    """The one-line message with which argv is refused."""
+    with pytest.raises(UserError) as e:
+        load(argv, "")
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+# ---- what is typed arrives --------------------------------------------------------------------------------------------
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_defaults(config_file):
+    path = config_file("Config(seed=1, max_steps=7)")
+    cfg = load([path, "--seed=2"], "")
+    assert (cfg.seed, cfg.max_steps, cfg.batch_size) == (2, 7, Config().batch_size)
+    assert load(["--seed=2", path], "") == cfg  # in either order
+    assert cfg.out_dir.endswith("mine")  # named after the file
+
+
+def other_value(field: dataclasses.Field):
+    """A value that the field allows and that is not its default."""
+    choices = get_args(field.type)
+    if field.type is bool or bool in choices:
+        return field.default is not True
+    if choices:
+        return next(c for c in choices if c != field.default)
+    by_hand = {"n_head": 6, "n_embd": 1536, "block_size": 2048, "sequence_length": 512, "tokens_per_step": 2**20}
+    values = {int: field.default + 1 if isinstance(field.default, int) else 0, float: 0.25, str: "some text"}
+    return by_hand.get(field.name, values[field.type])
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(Config), ids=lambda f: f.name)
+def test_every_setting_can_be_typed_in_every_form(field, config_file):
+    """--name=value, --name value, --the-name=value, a bare --name for yes, and in a file."""
+    value = other_value(field)
+    forms = [[f"--{field.name}={value}"], [f"--{field.name.replace('_', '-')}={value}"]]
+    if not isinstance(value, bool):
+        forms.append([f"--{field.name}", str(value)])
+    elif value:
+        forms.append([f"--{field.name}"])
+    expected = replace(Config(), **{field.name: value, **({"out_dir": "out/x"} if field.name != "out_dir" else {})})
+    for form in [*forms, [config_file(f"Config({field.name}={value!r})")]]:
+        found = load([*form, *(["--out_dir=out/x"] if field.name != "out_dir" else [])], "")
+        assert found == expected, form
+        assert type(getattr(found, field.name)) is type(value)
+
+
+def test_a_bare_flag_does_not_swallow_the_config_file(config_file):
+    cfg = load(["--resume", config_file("Config(seed=5)")], "")
+    assert cfg.resume is True
+    assert cfg.seed == 5
+
+
+# ---- what is mistyped is refused --------------------------------------------------------------------------------------
+
+BAD_VALUES = {  # setting = value as typed -> (value in a file, what the message must say)
+    "batch_size=many": ("'many'", "batch_size"),
+    "batch_size=0": ("0", "at least 1"),
+    "batch_size=2.5": ("2.5", "batch_size"),
+    "max_steps=-1": ("-1", "at least 0"),
+    "dropout=1.5": ("1.5", r"\[0, 1\)"),
+    "dropout=nan": ("float('nan')", "finite"),
+    "learning_rate=inf": ("float('inf')", "finite"),
+    "beta1=1.0": ("1.0", r"\[0, 1\)"),
+    "bias=maybe": ("'maybe'", "True.*False"),
+    "compile=yes": ("'yes'", "True.*auto|auto.*True"),
+    "dtype=bf16": ("'bf16'", "float32.*bfloat16.*float16"),
+    "schedule=cosin": ("'cosin'", "cosine.*linear.*constant"),
+    "n_head=5": ("5", "type --n_head=4"),
+    "tokens_per_step=1000": ("1000", "type --tokens_per_step=1024"),
+    "block_size=0": ("0", "at least 1"),
+    "sequence_length=2000": ("2000", "block_size=1024"),
+}
+
+
+@pytest.mark.parametrize("typed", BAD_VALUES)
+def test_a_bad_value_is_refused_in_flag_and_file(typed, config_file):
+    name, _, _ = typed.partition("=")
+    in_file, message = BAD_VALUES[typed]
+    path = config_file(f"Config({name}={in_file})")
+    for where in ([f"--{typed}"], [path]):
+        assert re.search(message, refused(where)), refused(where)
+    assert path in refused([path])
+
+
+def test_a_bad_value_in_a_file_is_named_with_its_line(config_file):
+    path = config_file("Config(batch_size=0)", "x = 1\n")
+    assert f"{path}, line 4" in refused([path])
+
+
+@pytest.mark.parametrize("value", ["True", "1.0", "'1'", "None"])
+def test_a_whole_number_is_nothing_that_looks_like_one(value, config_file):
+    """True is an int to Python; to a reader of `batch_size=True` it is a slip."""
+    assert "whole number" in refused([config_file(f"Config(batch_size={value})")])
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"), [("batchsize", "batch_size"), ("learning_rat", "learning_rate"), ("n_heads", "n_head")]
+)
+def test_a_typo_names_the_near_setting(typo, meant, config_file):
+    for where in ([f"--{typo}=1"], [f"--{typo}"], [config_file(f"Config({typo}=1)")]):
+        assert f"{typo} is not a setting" in refused(where)
+        assert meant in refused(where)
+    assert "--help" in refused(["--zzzzzzzz=1"])
+
+
+def test_a_typo_in_the_file_name_names_the_near_file(root, monkeypatch):
+    monkeypatch.chdir(root)
+    assert "did you mean config/shakespeare.py" in refused(["config/shakespear.py"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["config/shakespeare.py", "config/other.py"], "one argument too many"),
+        (["--seed"], "seed"),
+        (["-x"], "-x"),
+        (["--"], "not a setting"),
+        (["--=3"], "not a setting"),
+        (["--seed=99999999999999999999"], "seed"),  # no generator takes more than 64 bits
+    ],
+)
+def test_other_slips_of_the_command_line(argv, message, root, monkeypatch):
+    monkeypatch.chdir(root)
+    assert message in refused(argv)
+
+
+@pytest.mark.parametrize(
+    ("before", "expression", "line", "what"),
+    [
+        ("x = (", "1", 2, "SyntaxError"),
+        ("x = 1\ny = z", "Config()", 3, "NameError"),
+        ("import no_such_module", "Config()", 2, "no_such_module"),
+        ("def f():\n    return 1 / 0\n", "f()", 3, "ZeroDivisionError"),
+        ("raise RuntimeError('two\\nlines')", "Config()", 2, "RuntimeError"),
+    ],
+)
+def test_whatever_is_wrong_in_a_file_is_named_with_its_line(config_file, before, expression, line, what):
+    path = config_file(expression, before)
+    assert f"{path}, line {line}" in refused([path])
+    assert what in refused([path])
+
+
+@pytest.mark.parametrize("content", [b"config = '\xff'", b"config = 1\0", b"# coding: nonsense\nconfig = 1"])
+def test_a_file_that_is_no_python_text_is_refused(tmp_path, content):
+    path = tmp_path / "odd.py"
+    path.write_bytes(content)
+    assert str(path) in refused([str(path)])
+
+
+@pytest.mark.parametrize("expression", ["3", "dict(seed=1)", "None"])
+def test_a_file_must_end_with_a_config(config_file, expression):
+    path = config_file(expression)
+    assert f"{path} must end with" in refused([path])
+
+
+def test_nothing_assigns_to_a_config():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().seed = 2
+
+
+# ---- what follows from the settings -----------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 64), st.integers(1, 400), st.integers(1, 40), st.integers(1, 12))
+def test_a_step_is_split_without_rest_or_a_working_remedy_is_printed(T, sequences, batch_size, world):
+    """The micro-batch never exceeds batch_size, no larger one divides the share, and what the error says to type works."""
+    cfg = Config(block_size=T, tokens_per_step=sequences * T, batch_size=batch_size)
+    try:
+        micro_batch, accumulation = cfg.split_step(world)
+    except UserError as e:
+        assert sequences % world  # only then
+        assert "\n" not in str(e)  # noqa: PT017
+        remedy = int(re.search(r"--tokens_per_step=(\d+)", str(e))[1])
+        micro_batch, accumulation = replace(cfg, tokens_per_step=remedy).split_step(world)
+        sequences = remedy // T
+    assert micro_batch * accumulation * world == sequences
+    assert 1 <= micro_batch <= batch_size
+    assert not any(sequences // world % b == 0 for b in range(micro_batch + 1, batch_size + 1) if b <= sequences // world)
+
+
+@given(st.integers(1, 5000), st.integers(1, 100))
+def test_the_remedy_for_tokens_per_step_works(tokens, T):
+    assume(tokens % T)
+    with pytest.raises(UserError) as e:
+        Config(block_size=T, tokens_per_step=tokens)
+    remedy = int(str(e.value).split("--tokens_per_step=")[1])
+    assert Config(block_size=T, tokens_per_step=remedy).tokens_per_step == remedy
+    assert abs(remedy - tokens) < T  # the near one
+
+
+@given(st.integers(1, 300), st.integers(1, 40))
+def test_the_remedy_for_n_head_works(n_embd, n_head):
+    assume(n_embd % n_head)
+    with pytest.raises(UserError) as e:
+        GPTConfig(n_embd=n_embd, n_head=n_head)
+    remedy = int(str(e.value).split("--n_head=")[1])
+    assert GPTConfig(n_embd=n_embd, n_head=remedy).n_head == remedy
+
+
+def test_diff_says_what_differs_and_nothing_else():
+    assert configurator.diff(Config(), Config()) == {}
+    assert configurator.diff(Config(), Config(seed=2, bias=False)) == {"seed": (1337, 2), "bias": (True, False)}
+
+
+def test_describe_shows_every_setting():
+    text = configurator.describe(Config(seed=2))
+    assert "seed = 2" in text.splitlines()[0]
+    assert all(re.search(rf"\b{f.name} ?=", text) for f in dataclasses.fields(Config))
+
+
+# ---- JSON -------------------------------------------------------------------------------------------------------------
+
+
+def config_files(root):
+    return sorted(p for p in (root / "config").rglob("*.py") if p.name != "__init__.py")
+
+
+def test_every_file_under_config_loads_says_what_it_is_and_survives_json(root, monkeypatch):
+    monkeypatch.chdir(root)
+    assert len(config_files(root)) >= 2
+    for path in config_files(root):
+        cfg = configurator.load_file(str(path))
+        assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no docstring"
+        assert configurator.from_json(json.dumps(asdict(cfg)), Config) == cfg
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "not a JSON object"),
+        ("[" * 100_000, "not JSON"),
+        ('{"batchsize": 1}', "batchsize is not a setting of Config: did you mean batch_size"),
+        ('{"__class__": "x"}', "not a setting"),
+        ('{"batch_size": "4"}', "whole number"),
+        ('{"batch_size": true}', "whole number"),
+        ('{"dropout": NaN}', "finite"),
+        ('{"dropout": null}', "finite"),
+        ('{"dtype": "int4"}', "float32"),
+        ('{"dtype": []}', "float32"),
+        ('{"compile": 1}', "True or False"),
+        ('{"n_embd": 7}', "not divisible"),
+    ],
+)
+def test_json_of_a_stranger_is_refused(text, message):
+    with pytest.raises(UserError, match=message):
+        configurator.from_json(text, Config)
+
+
+# ---- help -------------------------------------------------------------------------------------------------------------
+
+
+def field_docs(cls) -> dict[str, str]:
+    """{field: the string that stands under it in the source}"""
+    body = ast.parse(inspect.getsource(cls)).body[0].body
+    return {
+        a.target.id: b.value.value
+        for a, b in itertools.pairwise(body)
+        if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr) and isinstance(b.value, ast.Constant)
+    }
+
+
+def test_help_shows_every_setting_with_its_doc_within_five_seconds(run_script):
+    docs = field_docs(GPTConfig) | field_docs(Config)
+    assert set(docs) == {f.name for f in dataclasses.fields(Config)}
+    start = time.perf_counter()
+    done = run_script("train.py", "--help", env={"COLUMNS": "300"})
+    seconds = time.perf_counter() - start
+    assert done.returncode == 0
+    shown = re.sub(r"[│\s]+", "", done.stdout)
+    for name, doc in docs.items():
+        assert f"--{name}" in done.stdout
+        assert re.sub(r"\s+", "", doc) in shown, name
+    assert seconds < 5

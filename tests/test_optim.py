@@ -1,0 +1,127 @@
+"""optim.py: the schedule by its properties, AdamW against the paper's formulas in float64."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import optim
+from configurator import Config
+from model import GPT
+
+rates = st.floats(1e-6, 1.0)
+
+
+@st.composite
+def plans(draw, schedules=("cosine", "linear", "constant")):
+    """A Config whose schedule is at least one step long, with min_lr below the peak."""
+    steps = draw(st.integers(1, 200))
+    peak = draw(rates)
+    return Config(
+        max_steps=steps,
+        warmup_steps=draw(st.integers(0, steps - 1)),
+        learning_rate=peak,
+        min_lr=peak * draw(st.floats(0, 1)),
+        schedule=draw(st.sampled_from(schedules)),
+    )
+
+
+@given(plans())
+def test_warm_up_rises_in_equal_steps_from_nothing_to_the_peak(cfg):
+    rises = [optim.learning_rate(cfg, s) for s in range(cfg.warmup_steps + 1)]
+    for step, rate in enumerate(rises[:-1]):
+        assert rate == pytest.approx(cfg.learning_rate * (step + 1) / cfg.warmup_steps)
+    assert rises[-1] == pytest.approx(cfg.learning_rate)  # the first step after it
+
+
+@given(plans(("cosine", "linear")))
+def test_the_schedule_falls_to_min_lr(cfg):
+    """Never rising, never outside [min_lr, peak], at min_lr once max_steps are done."""
+    falls = [optim.learning_rate(cfg, s) for s in range(cfg.warmup_steps, cfg.max_steps + 1)]
+    slack = 1e-12
+    assert all(later <= earlier + slack for earlier, later in itertools.pairwise(falls))
+    assert all(cfg.min_lr - slack <= rate <= cfg.learning_rate + slack for rate in falls)
+    assert falls[-1] == pytest.approx(cfg.min_lr, abs=slack)
+    assert optim.learning_rate(cfg, cfg.max_steps + 50) == pytest.approx(cfg.min_lr, abs=slack)  # and stays
+
+
+@given(plans(("cosine", "linear")))
+def test_halfway_down_both_schedules_are_at_the_mean(cfg):
+    """cos(pi/2) = 0: the cosine and the line cross there; a quarter of the way the cosine is higher by (sqrt(2)-1)/4."""
+    cfg = Config(**vars(cfg) | {"max_steps": cfg.warmup_steps + 40})
+    span, from_peak = cfg.learning_rate - cfg.min_lr, cfg.warmup_steps
+    assert optim.learning_rate(cfg, from_peak + 20) == pytest.approx(cfg.min_lr + span / 2)
+    quarter = 0.75 if cfg.schedule == "linear" else 0.5 + math.sqrt(0.5) / 2
+    assert optim.learning_rate(cfg, from_peak + 10) == pytest.approx(cfg.min_lr + span * quarter)
+
+
+@given(plans(("constant",)))
+def test_constant_stays_at_the_peak(cfg):
+    assert {optim.learning_rate(cfg, s) for s in range(cfg.warmup_steps, cfg.max_steps + 1)} == {cfg.learning_rate}
+
+
+def built(tiny, **settings) -> tuple[GPT, torch.optim.AdamW, Config]:
+    torch.manual_seed(0)
+    cfg = Config(**vars(tiny()) | dict(tokens_per_step=32, learning_rate=1e-2, weight_decay=0.3) | settings)
+    model = GPT(cfg)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)  # biases start at 0: decay would not show
+    return model, optim.adamw(cfg, model), cfg
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_only_matrices_decay_and_every_parameter_is_there_once(tiny, tied):
+    """By effect: with gradients of zero, one step shrinks what decays by lr x decay and leaves the rest alone."""
+    model, optimizer, cfg = built(tiny, tie_weights=tied)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        factor = 1 - cfg.learning_rate * cfg.weight_decay if p.dim() == 2 else 1.0
+        torch.testing.assert_close(p.detach(), before[name] * factor)
+        assert (p.dim() == 2) == (name.endswith("weight") and ".ln_" not in name)
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted({id(p) for p in model.parameters()})
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_adamw_is_the_papers_update(tiny, fused):
+    """Five steps against Loshchilov & Hutter 2019, algorithm 2, written out in float64.
+
+    m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  p = p - lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + decay p)
+    """
+    model, optimizer, cfg = built(tiny, fused_adamw=fused, beta1=0.8, beta2=0.97)
+    assert bool(optimizer.param_groups[0]["fused"]) is fused
+    reference = {n: [p.detach().double(), 0.0, 0.0] for n, p in model.named_parameters()}
+    noise = torch.Generator().manual_seed(1)
+    for t in range(1, 6):
+        for name, p in model.named_parameters():
+            p.grad = torch.randn(p.shape, generator=noise)
+            x, m, v = reference[name]
+            g = p.grad.double()
+            m, v = 0.8 * m + 0.2 * g, 0.97 * v + 0.03 * g * g
+            decay = 0.3 if p.dim() == 2 else 0.0
+            x = x - 1e-2 * (m / (1 - 0.8**t) / ((v / (1 - 0.97**t)).sqrt() + 1e-8) + decay * x)
+            reference[name] = [x, m, v]
+        optimizer.step()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach().double(), reference[name][0], rtol=1e-5, atol=1e-6)
+
+
+def test_fused_and_unfused_train_alike(tiny):
+    """Ten real steps from the same weights: the same parameters up to float32 rounding."""
+    idx = torch.randint(65, (4, 33), generator=torch.Generator().manual_seed(2))
+    trained = []
+    for fused in (True, False):
+        model, optimizer, _ = built(tiny, fused_adamw=fused)
+        for _ in range(10):
+            model(idx[:, :-1], idx[:, 1:]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        trained.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*trained, rtol=1e-4, atol=1e-5)
