@@ -81,6 +81,10 @@ class Config(GPTConfig):
     """AdamW as one kernel over all parameters instead of a loop of small ones"""
     reuse_memory: bool | Literal["auto"] = "auto"
     """CPU with glibc: keep freed memory in the process, so that a step does not fault its pages in anew"""
+    prefetch: bool = True
+    """read the next micro-batch (and copy it to the GPU from pinned memory) while this one computes"""
+    processes: int = 0
+    """how many processes torchrun must have started; 0: any number"""
 
     # the run
     out_dir: str = ""
@@ -114,7 +118,9 @@ class Config(GPTConfig):
             "checkpoint_interval",
         )
         check_at_least(self, 1, *counts, "keep_checkpoints")
-        check_at_least(self, 0, "max_steps", "warmup_steps", "learning_rate", "min_lr", "weight_decay", "grad_clip", "seed")
+        check_at_least(
+            self, 0, "max_steps", "warmup_steps", "learning_rate", "min_lr", "weight_decay", "grad_clip", "seed", "processes"
+        )
         for name in ("beta1", "beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UserError(f"{name}={getattr(self, name)} must lie in [0, 1)")

@@ -45,6 +45,11 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def size() -> int:
+    """How many processes are in the group; 1 without one."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def wrap(model: nn.Module, world: World, device: torch.device) -> nn.Module:
     """Replicate a (compiled) model: gradients are averaged over the processes while backward runs."""
     if world.size == 1:

@@ -15,11 +15,13 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
 import configurator
@@ -47,6 +49,8 @@ class Run:
     scaler: torch.amp.GradScaler
     micro_batch: int  # sequences per forward pass of this process
     accumulation: int  # forward passes per step of this process
+    reader: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "reader"))
+    pending: dict[tuple[int, int], Future] = field(default_factory=dict)  # (step, micro) -> a batch being read
 
     def autocast(self):
         """The context in which forward passes run."""
@@ -54,11 +58,24 @@ class Run:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=machine.DTYPES[self.cfg.dtype])
 
+    def read(self, step: int, micro: int) -> list[Tensor]:
+        """Inputs and targets of one micro-batch of this process, on its device."""
+        batch = self.batches.batch(step, micro, self.micro_batch, self.accumulation, self.world.rank, self.world.size)
+        return self.to_device(*batch)
+
     def to_device(self, *tensors: Tensor) -> list[Tensor]:
-        """Copies on the run's device; from pinned memory on CUDA, so that the host does not wait for them."""
-        if self.device.type == "cuda":
+        if self.cfg.prefetch and self.device.type == "cuda":  # from pinned memory a copy does not hold up the host
             return [t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
         return [t.to(self.device) for t in tensors]
+
+    def next_batch(self, step: int, micro: int) -> list[Tensor]:
+        """The same, read ahead if asked: a batch is a function of (step, micro), so what was read ahead cannot be wrong."""
+        ahead = self.pending.pop((step, micro), None)
+        batch = ahead.result() if ahead else self.read(step, micro)
+        if self.cfg.prefetch:
+            following = (step, micro + 1) if micro + 1 < self.accumulation else (step + 1, 0)
+            self.pending = {following: self.reader.submit(self.read, *following)}
+        return batch
 
 
 class TrainingStopped(UserError):
@@ -92,7 +109,10 @@ def build(cfg: Config) -> tuple[Run, list[str]]:
         )
     batches = data.TrainBatches(dataset.split("train"), cfg.T, cfg.seed, cfg.batch_order)
     data.sequence_count(dataset.split("val"), cfg.T, "the validation split")
-    micro_batch, accumulation = cfg.split_step(int(os.environ.get("WORLD_SIZE", 1)))
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if cfg.processes not in (0, started):
+        raise UserError(f"processes={cfg.processes}, but {started} started: type torchrun --nproc_per_node={cfg.processes} …")
+    micro_batch, accumulation = cfg.split_step(started)
     if micro_batch != cfg.batch_size:
         said.append(
             f"micro-batches of {micro_batch} (batch_size={cfg.batch_size} does not divide a process's share of the step)"
@@ -124,7 +144,7 @@ def train_step(run: Run, step: int) -> tuple[float, float]:
     cfg, model = run.cfg, run.model
     total = torch.zeros((), device=run.device)
     for micro in range(run.accumulation):
-        x, y = run.to_device(*run.batches.batch(step, micro, run.micro_batch, run.accumulation, run.world.rank, run.world.size))
+        x, y = run.next_batch(step, micro)
         last = micro == run.accumulation - 1
         with parallel.gradient_sync(run.net, on=last):
             with run.autocast():
@@ -177,21 +197,80 @@ def evaluate(run: Run) -> float:
     return total / count
 
 
+# ---- requested and effective ----------------------------------------------------------------------------------------
+
+
+class _Spy(TorchDispatchMode):
+    """Notes the dtypes that matmuls read and the attention kernels that run, below autocast and autograd."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes, self.kernels = set(), set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "bmm", "baddbmm"):
+            self.dtypes.update(str(a.dtype).removeprefix("torch.") for a in args if isinstance(a, Tensor))
+        if "scaled_dot_product" in name:
+            self.kernels.add(name.strip("_"))
+        return func(*args, **(kwargs or {}))
+
+
 def effective(run: Run) -> dict:
-    """What is really on, read from the built objects."""
+    """What is really on, read from the built objects and from a probe of them; call it after a step. Changes nothing: no
+    random number is drawn, no gradient left.
+    """
+    model, device = run.model, run.device
+    x, y = run.to_device(*run.batches.batch(0, 0, 1, 1, 0, 1))
+    model.eval()
+    with torch.compiler.set_stance("force_eager"), _Spy() as spy, run.autocast():
+        model(x, y)
+    model.train()
+    stats = torch._dynamo.utils.counters  # what the compiler did in this process
+    compiled = run.compiled is not model or "head" in vars(model)  # compile_model() replaces the one or the other
+    fused_kernels = {k for k in spy.kernels if "math" not in k}
     return {
-        "device": next(run.model.parameters()).device.type,
-        "parameters": run.model.n_params(),
-        "parameter_dtype": str(next(run.model.parameters()).dtype).removeprefix("torch."),
+        "device": next(model.parameters()).device.type,
+        "dtype": "+".join(sorted(spy.dtypes)),
+        "fp32_precision": machine.fp32_precision_measured(device),
+        "attention": "sdpa" if fused_kernels else "naive",
+        "attention_kernel": "+".join(sorted(spy.kernels)) or "none",
+        "compile": bool(compiled and stats["stats"]["unique_graphs"]),
+        "graphs": stats["stats"]["unique_graphs"],
+        "graph_breaks": sum(stats["graph_break"].values()),
         "fused_adamw": bool(run.optimizer.param_groups[0]["fused"]),
-        "tie_weights": run.model.lm_head.weight is run.model.transformer.wte.weight,
-        "vocab_rows": run.model.lm_head.weight.size(0),
-        "attention": run.model.transformer.h[0].attn.attend.__name__.removesuffix("_attention"),
-        "world_size": run.world.size,
+        "reuse_memory": machine.memory_is_reused() if device.type == "cpu" else False,
+        "prefetch": bool(run.pending),
+        "tie_weights": model.lm_head.weight is model.transformer.wte.weight,
+        "padded_vocab_size": model.lm_head.weight.size(0),
+        "parameters": model.n_params(),
+        "parameter_dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "processes": parallel.size(),
         "micro_batch": run.micro_batch,
         "accumulation": run.accumulation,
         "threads": torch.get_num_threads(),
     }
+
+
+def mismatches(run: Run, on: dict) -> list[str]:
+    """Each setting that was asked for and is not what effective() found, with a remedy."""
+    cfg = run.cfg
+    names = ("device", "dtype", "attention", "compile", "fused_adamw", "reuse_memory", "prefetch", "tie_weights")
+    asked = {name: getattr(cfg, name) for name in names} | {"padded_vocab_size": cfg.padded_vocab_size}
+    asked |= {"processes": run.world.size, "graph_breaks": 0}
+    if cfg.dtype == "float32":
+        asked["fp32_precision"] = cfg.fp32_precision
+    remedies = {
+        "compile": "type --compile=False, or see TORCH_LOGS=graph_breaks",
+        "graph_breaks": "type --compile=False, or see TORCH_LOGS=graph_breaks",
+        "attention": "no fused attention kernel takes these shapes here: type --attention=naive",
+        "fp32_precision": "this device does not round float32 matmuls that way: type --fp32_precision=ieee",
+    }
+    return [
+        f"{name}={value!r} was asked for, but {on[name]!r} is what runs: {remedies.get(name, f'type --{name}={on[name]}')}"
+        for name, value in asked.items()
+        if on[name] != value
+    ]
 
 
 # ---- the loop ---------------------------------------------------------------------------------------------------------
@@ -284,17 +363,16 @@ def train(cfg: Config) -> None:
     parallel.wait_for_all()
     start_step = resume(run, out) if cfg.resume else 0
     log = Log(run, out, resumed=cfg.resume)
-    on = effective(run)
     say(f"config of {out}:\n{configurator.describe(cfg)}")
     for line in said:
         say(f"chosen: {line}")
     say(
-        f"{on['parameters'] / 1e6:.2f}M parameters; {len(run.batches.stream):,} training tokens, {run.batches.n:,} sequences; "
+        f"{run.model.n_params() / 1e6:.2f}M parameters; {len(run.batches.stream):,} tokens in {run.batches.n:,} sequences; "
         f"step = {cfg.tokens_per_step} tokens = {run.accumulation} micro-batches x {run.micro_batch} sequences x "
         f"{cfg.T} tokens x {world.size} process(es)"
     )
     where = machine.describe(run.device)
-    log.write({"event": "start", "step_done": start_step, "config": asdict(cfg), "effective": on, "machine": where})
+    log.write({"event": "start", "step_done": start_step, "config": asdict(cfg), "machine": where})
     if start_step >= cfg.max_steps:
         say(f"{out} is at step {start_step} already; max_steps={cfg.max_steps}")
 
@@ -323,6 +401,11 @@ def train(cfg: Config) -> None:
             "memory_gib": machine.memory_gib(run.device),
         }
         log.write(record)
+        if done == start_step + 1:
+            on = effective(run)
+            log.write({"event": "effective", "effective": on})
+            if wrong := mismatches(run, on):
+                raise UserError("; ".join(wrong))
         stop = parallel.sum_over_ranks(torch.tensor(float(bool(stopping)), device=run.device)).item() > 0
         last = stop or done == cfg.max_steps
         if last or done == start_step + 1 or done % cfg.log_interval == 0:

@@ -1,0 +1,7 @@
+"""Rung 1's twin on a CPU, beside the ladder: oneDNN may round float32 matmuls to bfloat16. Read in train.build()."""
+
+from dataclasses import replace
+
+from config.ladder.r00_fp32 import config as previous
+
+config = replace(previous, fp32_precision="bf16")

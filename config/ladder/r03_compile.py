@@ -1,0 +1,7 @@
+"""Rung 3: torch.compile. Fuses elementwise chains and removes launch overhead. Read in train.compile_model()."""
+
+from dataclasses import replace
+
+from config.ladder.r02_bf16 import config as previous
+
+config = replace(previous, compile=True)

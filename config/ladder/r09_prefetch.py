@@ -1,0 +1,7 @@
+"""Rung 9: the next batch is read, pinned and copied while this one computes. Read in train.Run."""
+
+from dataclasses import replace
+
+from config.ladder.r08_micro_batch import config as previous
+
+config = replace(previous, prefetch=True)
