@@ -95,7 +95,7 @@ def test_adamw_is_the_papers_update(tiny, fused):
 
     m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  p = p - lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + decay p)
     """
-    model, optimizer, cfg = built(tiny, fused_adamw=fused, beta1=0.8, beta2=0.97)
+    model, optimizer, _ = built(tiny, fused_adamw=fused, beta1=0.8, beta2=0.97)
     assert bool(optimizer.param_groups[0]["fused"]) is fused
     reference = {n: [p.detach().double(), 0.0, 0.0] for n, p in model.named_parameters()}
     noise = torch.Generator().manual_seed(1)
@@ -113,15 +113,16 @@ def test_adamw_is_the_papers_update(tiny, fused):
         torch.testing.assert_close(p.detach().double(), reference[name][0], rtol=1e-5, atol=1e-6)
 
 
-def test_fused_and_unfused_train_alike(tiny):
-    """Ten real steps from the same weights: the same parameters up to float32 rounding."""
-    idx = torch.randint(65, (4, 33), generator=torch.Generator().manual_seed(2))
-    trained = []
+def test_fused_and_unfused_agree(tiny):
+    """Ten steps on the same gradients. (On each one's own they drift: the gradient of a key's bias is 0 but for rounding,
+    and Adam divides by its size.)"""
+    stepped = []
     for fused in (True, False):
         model, optimizer, _ = built(tiny, fused_adamw=fused)
+        noise = torch.Generator().manual_seed(1)
         for _ in range(10):
-            model(idx[:, :-1], idx[:, 1:]).backward()
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=noise)
             optimizer.step()
-            optimizer.zero_grad()
-        trained.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    torch.testing.assert_close(*trained, rtol=1e-4, atol=1e-5)
+        stepped.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*stepped, rtol=1e-6, atol=1e-6)
