@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import pretrained
@@ -279,6 +279,11 @@ hf_names = [*pretrained.FIXED, "n_layer", "n_head", "n_embd", "vocab_size", "n_p
 
 
 @given(st.dictionaries(st.sampled_from(hf_names), json_value, max_size=3), st.sets(st.sampled_from(hf_names), max_size=2))
+@example({"n_inner": 3}, {"n_embd"})
+@example({"n_inner": 3, "n_embd": None}, set())
+@example({"n_layer": float("inf")}, set())
+@example({"n_layer": float("nan")}, set())
+@example({"activation_function": ["gelu_new"]}, set())
 def test_any_config_is_read_or_refused(changes, missing):
     values = config_to_hf(GPTConfig(n_layer=1, n_head=2, n_embd=8)) | changes
     with contextlib.suppress(UserError):

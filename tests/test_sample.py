@@ -1,0 +1,328 @@
+"""sample.py: the distribution that is drawn from, the window that moves, and what reaches the terminal."""
+
+import io
+import json
+import math
+import sys
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+import checkpoint
+import configurator
+import sample
+from model import GPT, GPTConfig, UserError
+from pretrained import save_hf_dir
+from sample import Sampling, generate, next_distribution
+from tokenizer import CharTokenizer, GPT2Tokenizer
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    """Random weights, large enough that the likeliest token is not in doubt by a rounding error."""
+    return build(tiny(init="pytorch", block_size=8))
+
+
+def build(cfg: GPTConfig, seed: int = 0) -> GPT:
+    torch.manual_seed(seed)
+    return GPT(cfg).eval()
+
+
+def draw(model: GPT, prompt: list[int], n: int, **how) -> list[list[int]]:
+    """The ids of each sample."""
+    rows = list(generate(model, prompt, n, **how))
+    assert all(row.dtype == torch.int64 and row.device.type == "cpu" for row in rows)
+    return torch.stack(rows, dim=1).tolist()
+
+
+# ---- the distribution
+
+
+def reference(logits: list[float], temperature: float, top_k: int, top_p: float) -> list[float]:
+    """The same in plain float64, for distinct logits."""
+    weights = {i: math.exp((x - max(logits)) / temperature) for i, x in enumerate(logits)}
+    ranked = sorted(weights, key=weights.get, reverse=True)[: top_k or None]
+    total, mass, kept = sum(weights[i] for i in ranked), 0.0, []
+    for i in ranked:
+        if top_p < 1.0 and kept:
+            assume(abs(mass - top_p) > 1e-4)  # too near to call in float32
+            if mass >= top_p:
+                break
+        kept.append(i)
+        mass += weights[i] / total
+    norm = sum(weights[i] for i in kept)
+    return [weights[i] / norm if i in kept else 0.0 for i in range(len(logits))]
+
+
+@given(
+    st.lists(st.integers(-60, 60).map(lambda n: n / 8), min_size=1, max_size=12, unique=True),
+    st.floats(0.2, 5),
+    st.integers(0, 14),
+    st.just(1.0) | st.floats(0.001, 0.999),
+)
+def test_next_distribution_is_the_definition(logits, temperature, top_k, top_p):
+    expected = reference(logits, temperature, top_k, top_p)
+    p = next_distribution(torch.tensor([logits, logits[::-1]]), temperature, top_k, top_p)
+    torch.testing.assert_close(p, torch.tensor([expected, expected[::-1]]), rtol=0, atol=1e-5)
+    assert torch.equal(p == 0, torch.tensor([expected, expected[::-1]]) == 0)
+
+
+@given(st.lists(st.integers(-60, 60).map(float), min_size=1, max_size=12, unique=True))
+def test_what_must_be_greedy_is_greedy(logits):
+    rows = torch.tensor([logits])
+    expected = torch.zeros_like(rows)
+    expected[0, max(range(len(logits)), key=logits.__getitem__)] = 1
+    for how in ((0, 0, 1.0), (0, 3, 0.5), (1.0, 1, 1.0), (1.0, 0, 1e-9), (1e-6, 0, 1.0)):
+        torch.testing.assert_close(next_distribution(rows, *how), expected, msg=str(how))
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1e-40, 1.0), (1e-300, 1.0), (1.0, 1e-50), (1e-40, 1e-50), (1e300, 1.0)])
+def test_extreme_settings_still_give_a_distribution(temperature, top_p):
+    """Whatever Sampling allows must not become NaN."""
+    Sampling(temperature=temperature, top_p=top_p)
+    p = next_distribution(torch.tensor([[1.0, 3.0, 2.0]]), temperature, 0, top_p)
+    assert p.sum().item() == pytest.approx(1)
+    assert p.argmax() == 1 or temperature > 1
+
+
+def test_equal_logits_are_settled():
+    """Greedy takes the lowest id; top_k keeps k tokens, not all that tie with the k-th (bf16 logits often tie)."""
+    ties = torch.zeros(2, 9)
+    assert next_distribution(ties, 0, 0, 1.0).argmax(1).tolist() == [0, 0]
+    for k in (1, 4):
+        assert (next_distribution(ties, 1.0, k, 1.0) > 0).sum(1).tolist() == [k, k]
+    assert (next_distribution(ties, 1.0, 0, 0.5) > 0).sum(1).tolist() == [5, 5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_any_precision_gives_a_distribution(dtype):
+    logits = torch.randn(3, 50257, generator=torch.Generator().manual_seed(0)).to(dtype) * 50
+    p = next_distribution(logits, 0.7, 200, 0.9)
+    assert p.sum(1).tolist() == pytest.approx([1, 1, 1], abs=1e-2)
+
+
+# ---- generation
+
+
+@torch.inference_mode()
+def by_definition(model: GPT, prompt: list[int], n: int, temperature: float, seed: int) -> list[int]:
+    """No cache: each token from all that may be seen; the window, once overfull, keeps its newer half (at least one)."""
+    window, random, out = model.cfg.block_size, torch.Generator().manual_seed(seed), []
+    seen = prompt[-window:]
+    for _ in range(n):
+        logits = model(torch.tensor([seen]))[0, -1]
+        p = (logits / temperature).softmax(0) if temperature else None
+        out.append((logits.argmax() if p is None else p.multinomial(1, generator=random)).item())
+        seen = [*seen, out[-1]]
+        if len(seen) > window:
+            seen = seen[-max(1, window // 2) :]
+    return out
+
+
+@pytest.mark.parametrize("kv_cache", [True, False])
+@pytest.mark.parametrize("attention", ["naive", "sdpa"])
+@pytest.mark.parametrize("block_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("length", [1, 3, 8, 20])
+def test_every_token_is_the_definitions_with_and_without_cache(tiny, kv_cache, attention, block_size, length):
+    """Prompts shorter than, equal to and longer than the window; outputs several windows long; greedy and drawn."""
+    model = build(tiny(init="pytorch", block_size=block_size, attention=attention))
+    prompt = torch.randint(65, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+    greedy, drawn = (by_definition(model, prompt, 35, temperature, seed=4) for temperature in (0, 0.8))
+    assert len(set(drawn)) > 10
+    assert draw(model, prompt, 35, temperature=0, kv_cache=kv_cache) == [greedy]
+    assert draw(model, prompt, 35, top_k=1, num_samples=2, kv_cache=kv_cache) == [greedy] * 2
+    assert draw(model, prompt, 35, temperature=0.8, seed=4, kv_cache=kv_cache) == [drawn]
+
+
+def test_a_batch_is_the_same_with_and_without_cache(model):
+    with_cache, without = (draw(model, [1, 2], 30, num_samples=3, kv_cache=cache) for cache in (True, False))
+    assert with_cache == without
+
+
+def test_the_seed_decides_the_draws(model):
+    a, b, other = (draw(model, [1, 2], 30, num_samples=2, seed=seed) for seed in (5, 5, 6))
+    assert a == b != other
+    torch.manual_seed(99)  # the global generator has no part in it
+    assert draw(model, [1, 2], 30, num_samples=2, seed=5) == a
+
+
+def test_samples_of_a_batch_differ_and_each_follows_its_own_past(model):
+    """With top_k=3, every token is among the three likeliest after the tokens of its own row."""
+    rows = draw(model, [1], 7, num_samples=20, top_k=3)
+    assert len({tuple(row) for row in rows}) > 10
+    for row in rows:
+        logits = model(torch.tensor([[1, *row]]))[0]
+        assert all(token in logits[t].topk(3).indices for t, token in enumerate(row))
+
+
+def test_draws_have_the_models_probabilities(model):
+    n = 20_000
+    counts = torch.tensor(draw(model, [7], 1, num_samples=n, temperature=0.7)).flatten().bincount(minlength=65)
+    p = (model(torch.tensor([[7]]))[0, -1] / 0.7).softmax(0)
+    assert ((counts / n - p).abs() < 5 * (p / n).sqrt() + 1e-4).all()
+
+
+@pytest.mark.parametrize(
+    "how", [dict(temperature=0), dict(temperature=5.0, num_samples=200), dict(top_k=10_000), dict(top_p=0.99)]
+)
+def test_padding_ids_are_never_drawn(tiny, how):
+    """Even if the padding rows of the head are the largest of all."""
+    model = build(tiny(vocab_multiple=64, tie_weights=False, block_size=8))
+    model.lm_head.weight.data[65:] = 1e4
+    assert model.lm_head.weight.size(0) == 128
+    assert max(max(row) for row in draw(model, [0], 20, **how)) < 65
+
+
+def test_top_k_beyond_the_vocabulary_means_all(model):
+    assert draw(model, [3], 20, top_k=66) == draw(model, [3], 20, top_k=10**9) == draw(model, [3], 20, top_k=0)
+
+
+def test_no_new_tokens_means_none(model):
+    assert list(generate(model, [3], 0)) == []
+
+
+def test_reduced_precision_runs_through_the_cache(tiny):
+    model = build(tiny(block_size=8)).bfloat16()
+    assert len(draw(model, [1], 20)[0]) == 20
+
+
+# ---- the command line
+
+TEXT = "日本 🙂 žluť ꙮ 𝔘𝔫 — ok"
+CFG = GPTConfig(n_layer=1, n_head=1, n_embd=64, block_size=64, tie_weights=False)
+
+
+@pytest.fixture(scope="module")
+def parrot(tmp_path_factory):
+    """A model folder whose greedy answer to a prompt of one token is TEXT, then <|endoftext|>: position t says token t."""
+    script = [*GPT2Tokenizer().encode(TEXT), GPT2Tokenizer.end_of_text]
+    assert sum("\ufffd" in GPT2Tokenizer().decode([token]) for token in script) > 10  # parts of characters
+    assert len(script) < CFG.block_size
+    model = GPT(CFG)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.fill_(float(name == "transformer.ln_f.weight"))
+        model.transformer.wpe.weight.copy_(torch.eye(64))
+        for t, token in enumerate(script):
+            model.lm_head.weight[token, t] = 100.0
+    folder = tmp_path_factory.mktemp("parrot")
+    save_hf_dir(model, folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_streaming_never_breaks_a_character(parrot, monkeypatch, cache):
+    """Text arrives in many pieces, none of which has half a character in it."""
+    pieces = []
+
+    class Screen(io.StringIO):
+        def write(self, text):
+            pieces.append(text)
+            return len(text)
+
+    monkeypatch.setattr(sys, "stdout", Screen())
+    sample.main([parrot, "--prompt=A", "--temperature=0", f"--kv_cache={cache}"])
+    assert "".join(pieces) == f"A{TEXT}\n"
+    assert len([piece for piece in pieces if piece.strip()]) > 10
+
+
+def test_several_samples_are_whole_texts_and_end_at_end_of_text(parrot, capsys):
+    sample.main([parrot, "--prompt=A", "--temperature=0", "--num_samples=2"])
+    assert capsys.readouterr().out == f"--- sample 1 of 2 ---\nA{TEXT}\n--- sample 2 of 2 ---\nA{TEXT}\n"
+
+
+def test_an_empty_prompt_starts_a_document(parrot, capsys):
+    sample.main([parrot, "--temperature=0"])  # <|endoftext|>, at position 0, stands before it and is not shown
+    assert capsys.readouterr().out == f"{TEXT}\n"
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_max_new_tokens_0_prints_the_prompt(parrot, capsys, samples):
+    sample.main([parrot, "--prompt=ä", "--max_new_tokens=0", f"--num_samples={samples}"])
+    assert capsys.readouterr().out.count("ä\n") == samples
+
+
+def test_a_cut_character_is_one_replacement_character(parrot, capsys):
+    assert GPT2Tokenizer().decode(GPT2Tokenizer().encode(TEXT)[:1]) != TEXT[0]
+    sample.main([parrot, "--prompt=A", "--temperature=0", "--max_new_tokens=1"])
+    assert capsys.readouterr().out == "A\ufffd\n"
+
+
+def test_a_long_prompt_is_shown_whole_and_said_to_be_cut(parrot, capsys):
+    sample.main([parrot, "--prompt", "A " * 100, "--max_new_tokens=3"])
+    shown = capsys.readouterr()
+    assert shown.out.startswith("A " * 100)
+    assert "its last 64 are used" in shown.err
+
+
+def test_the_prompt_from_a_file(parrot, capsys, tmp_path):
+    path = tmp_path / "prompt.txt"
+    path.write_bytes("ž\r\n".encode())
+    sample.main([parrot, f"--prompt_file={path}", "--max_new_tokens=0"])
+    assert capsys.readouterr().out == "ž\r\n\n"
+
+
+def test_the_prompt_from_standard_input_in_any_locale(parrot, run_script):
+    """The real program: UTF-8 in and out, whatever the locale says."""
+    env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    done = run_script("sample.py", parrot, "--prompt", "-", "--max_new_tokens=0", input="žluť 🙂", env=env)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "žluť 🙂\n", "")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "which model"),
+        (["a", "b"], "which model"),
+        (["no/such/folder/at/all"], "no/such/folder"),
+        (["PARROT", "--top_p=0"], r"top_p=0.* must lie in"),
+        (["PARROT", "--temperature=-1"], "temperature=-1"),
+        (["PARROT", "--temperature=nan"], "temperature"),
+        (["PARROT", "--num_samples=0"], "num_samples=0"),
+        (["PARROT", "--max_new_tokens=-1"], "max_new_tokens=-1"),
+        (["PARROT", "--temprature=1"], "temperature"),
+        (["PARROT", "--prompt=a", "--prompt_file=b"], "exclude each other"),
+        (["PARROT", "--prompt_file=no_such_file"], "no_such_file"),
+        (["PARROT", "--prompt_file=BINARY"], r"not UTF-8 \(byte 1\)"),
+    ],
+    ids=str,
+)
+def test_mistakes_end_in_one_line(parrot, tmp_path, argv, message):
+    (tmp_path / "binary").write_bytes(b"a\xff")
+    argv = [arg.replace("PARROT", parrot).replace("BINARY", str(tmp_path / "binary")) for arg in argv]
+    with pytest.raises(UserError, match=message) as refusal:
+        sample.main(argv)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory, tiny):
+    """A run of ours with a character tokenizer of three characters, as train.py leaves it."""
+    cfg = configurator.Config(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=3, tokens_per_step=8)
+    model, folder = build(cfg), tmp_path_factory.mktemp("run")
+    optimizer = torch.optim.AdamW(model.parameters())
+    checkpoint.save(folder, 1, model, optimizer, cfg, CharTokenizer(["\n", "a", "b"]), [torch.get_rng_state()], {}, keep=1)
+    return str(folder)
+
+
+@pytest.mark.parametrize("prompt", ["", "ab", "\n"])
+def test_a_run_of_ours_continues_a_prompt(run_dir, capsys, prompt):
+    sample.main([run_dir, f"--prompt={prompt}", "--max_new_tokens=30"])
+    out = capsys.readouterr().out
+    assert out.startswith(prompt)
+    assert len(out) == len(prompt) + 30 + 1
+    assert set(out) <= set("\nab")
+
+
+def test_a_character_the_model_does_not_know_is_named(run_dir):
+    with pytest.raises(UserError, match="'z'"):
+        sample.main([run_dir, "--prompt=abz"])
+
+
+def test_a_folder_in_their_layout_without_gpt2s_vocabulary_is_refused(tmp_path, tiny):
+    save_hf_dir(build(tiny()), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["vocab_size"] == 65
+    with pytest.raises(UserError, match="65 ids"):
+        sample.main([str(tmp_path)])
