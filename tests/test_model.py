@@ -196,10 +196,11 @@ def test_loss_at_init_is_near_that_of_guessing(tiny, tie, init):
     assert build(cfg)(tokens(cfg, B=64), tokens(cfg, B=64, seed=2)).item() == pytest.approx(math.log(65), abs=spread)
 
 
-def test_loss_is_float32_under_autocast(tiny):
+def test_loss_is_computed_in_float32_whatever_the_weights_are(tiny):
     cfg = tiny()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert build(cfg)(tokens(cfg), tokens(cfg)).dtype == torch.float32
+    assert build(cfg, dtype=torch.bfloat16)(tokens(cfg), tokens(cfg)).dtype == torch.float32
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)

@@ -233,9 +233,17 @@ def test_several_samples_are_whole_texts_and_end_at_end_of_text(parrot, capsys):
     assert capsys.readouterr().out == f"--- sample 1 of 2 ---\nA{TEXT}\n--- sample 2 of 2 ---\nA{TEXT}\n"
 
 
-def test_an_empty_prompt_starts_a_document(parrot, capsys):
-    sample.main([parrot, "--temperature=0"])  # <|endoftext|>, at position 0, stands before it and is not shown
+def test_what_stands_before_an_empty_prompt_is_not_shown(parrot, capsys):
+    sample.main([parrot, "--temperature=0"])
     assert capsys.readouterr().out == f"{TEXT}\n"
+
+
+@pytest.mark.parametrize(("which", "start"), [("parrot", [50256]), ("run_dir", [1])])
+def test_an_empty_prompt_is_end_of_text_or_a_new_line(request, monkeypatch, which, start):
+    asked = []
+    monkeypatch.setattr(sample, "generate", lambda model, prompt, *_, **__: asked.append(prompt) or iter(()))
+    sample.main([request.getfixturevalue(which)])
+    assert asked == [start]
 
 
 @pytest.mark.parametrize("samples", [1, 2])
@@ -303,22 +311,22 @@ def run_dir(tmp_path_factory, tiny):
     cfg = configurator.Config(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=3, tokens_per_step=8)
     model, folder = build(cfg), tmp_path_factory.mktemp("run")
     optimizer = torch.optim.AdamW(model.parameters())
-    checkpoint.save(folder, 1, model, optimizer, cfg, CharTokenizer(["\n", "a", "b"]), [torch.get_rng_state()], {}, keep=1)
+    checkpoint.save(folder, 1, model, optimizer, cfg, CharTokenizer(["\t", "\n", "a"]), [torch.get_rng_state()], {}, keep=1)
     return str(folder)
 
 
-@pytest.mark.parametrize("prompt", ["", "ab", "\n"])
+@pytest.mark.parametrize("prompt", ["", "aa", "\n"])
 def test_a_run_of_ours_continues_a_prompt(run_dir, capsys, prompt):
     sample.main([run_dir, f"--prompt={prompt}", "--max_new_tokens=30"])
     out = capsys.readouterr().out
     assert out.startswith(prompt)
     assert len(out) == len(prompt) + 30 + 1
-    assert set(out) <= set("\nab")
+    assert set(out) <= set("\t\na")
 
 
 def test_a_character_the_model_does_not_know_is_named(run_dir):
     with pytest.raises(UserError, match="'z'"):
-        sample.main([run_dir, "--prompt=abz"])
+        sample.main([run_dir, "--prompt=az"])
 
 
 def test_a_folder_in_their_layout_without_gpt2s_vocabulary_is_refused(tmp_path, tiny):
