@@ -83,11 +83,11 @@ def test_all_that_training_needs_comes_back_bit_for_bit(tiny, tmp_path, changes)
     assert not same(before.model.state_dict(), after.model.state_dict())
     checkpoint.verify(folder)
     checkpoint.load_weights(folder, after.model)
-    after.optimizer = optim.adamw(after.cfg, after.model)
     training = checkpoint.load_training(folder, after.model, after.optimizer, 0, CPU)
     assert training["step"] == 7
     assert training["loss"] == 1.5
     assert same(before.model.state_dict(), after.model.state_dict())
+    assert {id(p) for g in after.optimizer.param_groups for p in g["params"]} == {id(p) for p in after.model.parameters()}
     moments = [checkpoint.optimizer_tensors(t.optimizer, t.model) for t in (before, after)]
     assert same(*moments)
     assert len(moments[0]) == 3 * len(list(before.model.parameters()))

@@ -1,0 +1,164 @@
+"""What a user mistypes ends as one line that says what to do: exit status 2, no traceback."""
+
+import os
+import shutil
+import sys
+
+import pytest
+import torch
+
+import configurator
+import prepare_data
+import sample
+import train
+
+MAINS = {"train.py": train.main, "sample.py": sample.main, "prepare_data.py": prepare_data.main}
+TINY = "TINY"  # stands for the flags of the tiny run
+
+# (script, arguments, what the line must say); {tmp} is an empty folder but for the things below, {data} holds "tiny"
+WRONG = [
+    ("train.py", ["--batchsize=4"], "did you mean batch_size"),
+    ("train.py", ["config/shakespear.py"], "did you mean config/shakespeare.py"),
+    ("train.py", ["{tmp}/missing.py"], "there is no config file"),
+    ("train.py", ["{tmp}/typo.py"], "line 3: batch_sise is not a setting: did you mean batch_size"),
+    ("train.py", ["{tmp}/broken.py"], "line 2: SyntaxError"),
+    ("train.py", ["config/shakespeare.py", "config/stages/s2_overfit.py"], "one argument too many"),
+    ("train.py", ["--max_steps=many"], "max_steps"),
+    ("train.py", ["--dtype=bf16"], "bfloat16"),
+    ("train.py", ["--n_embd=100", "--n_head=12"], "type --n_head=10"),
+    ("train.py", ["--tokens_per_step=1000", "--block_size=64"], "type --tokens_per_step=1024"),
+    ("train.py", [TINY, "--dataset=missing"], "prepare_data.py"),
+    ("train.py", [TINY, "--vocab_size=50257"], "type --vocab_size=18"),
+    ("train.py", [TINY, "--block_size=30000", "--tokens_per_step=30000"], "type --sequence_length="),
+    ("train.py", [TINY, "--data_dir={tmp}", "--dataset=damaged"], "train_000000.bin is damaged"),
+    ("train.py", [TINY, "--resume", "--out_dir={tmp}/nothing"], "holds no checkpoint"),
+    ("train.py", [TINY, "--out_dir={tmp}/file/run"], "type --out_dir="),
+    ("train.py", [TINY, "--seed=99999999999999999999"], "seed"),
+    ("train.py", [TINY, "--n_embd=1000000"], "memory"),
+    pytest.param(
+        "train.py",
+        [TINY, "--device=cuda"],
+        "type --device=auto",
+        marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
+    ),
+    ("sample.py", [], "which model?"),
+    ("sample.py", ["out/missing"], "no run, checkpoint or model folder"),
+    ("sample.py", ["{tmp}"], "holds no checkpoint"),
+    ("sample.py", ["config/stages/s1_inference.py", "--top_p=1.5"], "(0, 1]"),
+    ("sample.py", ["config/stages/s1_inference.py", "--temperature=-1"], "at least 0"),
+    ("sample.py", ["config/stages/s1_inference.py", "--prompt_file={tmp}/missing.txt"], "prompt_file"),
+    ("sample.py", ["config/stages/s1_inference.py", "--prompt_file={tmp}/latin1.txt"], "not UTF-8"),
+    ("sample.py", ["config/stages/s1_inference.py", "--temprature=1"], "did you mean temperature"),
+    ("prepare_data.py", [], "what shall be prepared?"),
+    ("prepare_data.py", ["shakespear"], "did you mean shakespeare"),
+    ("prepare_data.py", ["{tmp}/latin1.txt"], "iconv"),
+    ("prepare_data.py", ["{tmp}/empty.txt"], "there is no text in it"),
+    ("prepare_data.py", ["{data}/tiny.txt", "--tokenizer=word"], "gpt2"),
+    ("prepare_data.py", ["{data}/tiny.txt", "--val_fraction=1"], "between 0 and 1"),
+    ("prepare_data.py", ["{data}/tiny.txt", "--name=../x"], "plain name"),
+    ("prepare_data.py", ["{data}/tiny.txt", "--tokenizer=char", "--data_dir={data}"], "--force"),
+    ("prepare_data.py", ["{data}/tiny.txt", "--tokenizer=char", "--data_dir={tmp}/file"], "file"),
+    ("prepare_data.py", ["{tmp}/short.txt", "--tokenizer=char", "--data_dir={tmp}/new"], "short"),
+]
+
+
+@pytest.fixture
+def arguments(tmp_path, prepared, tiny_flags, root, monkeypatch):
+    """arguments(list) -> the list with its placeholders filled in; the working folder is the repository's root."""
+    monkeypatch.chdir(root)
+    shutil.copytree(prepared / "tiny", tmp_path / "damaged")
+    shard = tmp_path / "damaged" / "train_000000.bin"
+    shard.write_bytes(shard.read_bytes()[:-50])
+    (tmp_path / "typo.py").write_text("from configurator import Config\n\nconfig = Config(batch_sise=4)\n")
+    (tmp_path / "broken.py").write_text("from configurator import Config\nconfig = Config(\n")
+    (tmp_path / "latin1.txt").write_bytes("café".encode("latin-1"))
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("a")
+    (tmp_path / "file").write_text("")
+
+    def fill(argv: list[str]) -> list[str]:
+        out = [] if "--resume" in argv or any("--out_dir" in a for a in argv) else [f"--out_dir={tmp_path}/run"]
+        filled = [part for a in argv for part in ([*tiny_flags, *out] if a == TINY else [a])]
+        return [a.format(tmp=tmp_path, data=prepared) for a in filled]
+
+    return fill
+
+
+def is_one_line_with(word: str, status: int, err: str) -> None:
+    assert status == 2
+    assert err.count("\n") == 1, err
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
+    assert word in err
+
+
+@pytest.mark.usefixtures("own_signals")
+@pytest.mark.parametrize(("script", "argv", "word"), WRONG, ids=lambda v: v if isinstance(v, str) else "")
+def test_a_wrong_command_is_one_line_with_its_remedy(arguments, capsys, monkeypatch, script, argv, word):
+    """Through the same entry() that the scripts end with."""
+    monkeypatch.setattr(sys, "argv", [script, *arguments(argv)])
+    with pytest.raises(SystemExit) as e:
+        configurator.entry(MAINS[script])
+    is_one_line_with(word, e.value.code, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("script", "argv", "word"),
+    [
+        ("train.py", [TINY, "--vocab_size=50257"], "type --vocab_size=18"),
+        ("sample.py", ["out/missing"], "no run, checkpoint or model folder"),
+        ("prepare_data.py", ["{tmp}/latin1.txt"], "iconv"),
+    ],
+)
+def test_so_it_is_in_a_real_process(arguments, run_script, script, argv, word):
+    done = run_script(script, *arguments(argv))
+    is_one_line_with(word, done.returncode, done.stderr)
+    assert done.stdout == ""
+
+
+def test_a_wrong_command_on_two_processes_is_found_before_any_waits(arguments, capsys, monkeypatch):
+    """Each rank finds it by itself, and says which it is."""
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments([TINY, "--tokens_per_step=96"])])
+    with pytest.raises(SystemExit) as e:
+        configurator.entry(train.main)
+    assert e.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("[rank 1] error: ")
+    assert "type --tokens_per_step=128" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_prepare_train_sample_without_a_newline_in_the_alphabet(tmp_path, tiny_run, capsys):
+    """The whole way, on one's own text of three characters."""
+    (tmp_path / "abc.txt").write_text("abc" * 1000)
+    prepare_data.main([f"{tmp_path}/abc.txt", "--tokenizer=char", f"--data_dir={tmp_path}"])
+    own = tiny_run | dict(dataset="abc", data_dir=str(tmp_path), vocab_size=3, out_dir=str(tmp_path / "run"), max_steps=40)
+    train.train(configurator.Config(**own))
+    capsys.readouterr()
+    sample.main([f"{tmp_path}/run", "--prompt=abcab", "--temperature=0", "--max_new_tokens=10"])
+    assert capsys.readouterr().out == "abcabcabcabcabc\n"
+    sample.main([f"{tmp_path}/run", "--temperature=0", "--max_new_tokens=6"])  # an empty prompt
+    assert set(capsys.readouterr().out) == set("abc\n")
+
+
+@pytest.mark.parametrize("script", MAINS)
+def test_help_is_no_error(script, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as e:
+        configurator.entry(MAINS[script])
+    shown = capsys.readouterr()
+    assert not e.value.code
+    assert "--seed" in shown.out or "--tokenizer" in shown.out
+    assert shown.err == ""
+
+
+def test_a_reader_that_goes_away_is_no_error(run_script, root):
+    """`python train.py --help | head -1`"""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = run_script("prepare_data.py", "--help", capture_output=False, stdout=writer, stderr=-1)
+    os.close(writer)
+    assert "Traceback" not in done.stderr
