@@ -34,7 +34,7 @@ WRONG = [
     ("train.py", [TINY, "--resume", "--out_dir={tmp}/nothing"], "holds no checkpoint"),
     ("train.py", [TINY, "--out_dir={tmp}/file/run"], "type --out_dir="),
     ("train.py", [TINY, "--seed=99999999999999999999"], "seed"),
-    ("train.py", [TINY, "--n_embd=1000000"], "memory"),
+    ("train.py", [TINY, "--n_embd=10000000"], "memory"),
     pytest.param(
         "train.py",
         [TINY, "--device=cuda"],
