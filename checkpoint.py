@@ -131,7 +131,7 @@ def verify(folder: Path) -> None:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         version, files = manifest["format"], manifest["files"]
         entries = {str(name): (int(e["bytes"]), str(e["sha256"])) for name, e in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"{folder} has no readable manifest.json ({type(e).__name__}: {e})") from None
     if version != FORMAT:
         raise UserError(f"{folder} has checkpoint format {version}; this program reads {FORMAT}")
@@ -172,7 +172,7 @@ def read_config(folder: Path, cls: type = Config) -> Config | GPTConfig:
             own = {f.name for f in fields(GPTConfig)}
             text = json.dumps({k: v for k, v in json.loads(text).items() if k in own})
         return from_json(text, cls)
-    except (UserError, ValueError, AttributeError) as e:
+    except (ValueError, AttributeError, RecursionError) as e:
         raise UserError(f"{folder}/config.json: {e}") from None
 
 

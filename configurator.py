@@ -107,7 +107,7 @@ class Config(GPTConfig):
     """Weights & Biases project"""
 
     def __post_init__(self):
-        check_types(self)
+        check_types(vars(self), Config)
         super().__post_init__()
         counts = (
             "tokens_per_step",
@@ -156,10 +156,11 @@ class Config(GPTConfig):
         return micro_batch, share // micro_batch
 
 
-def check_types(settings: Any) -> None:
-    """UserError if a field of a dataclass holds something its annotation does not allow."""
-    for name, hint in get_type_hints(type(settings)).items():
-        value = getattr(settings, name)
+def check_types(values: dict[str, Any], cls: type) -> None:
+    """UserError if one of the values for a dataclass's fields is nothing that its annotation allows."""
+    hints = get_type_hints(cls)
+    for name, value in values.items():
+        hint = hints[name]
         if not any(_fits(value, h) for h in (get_args(hint) if _is_union(hint) else (hint,))):
             raise UserError(f"{name}={value!r} is not allowed: {name} is {_allowed(hint)}")
 
@@ -310,13 +311,14 @@ def from_json(text: str, cls: type[T]) -> T:
     """A settings dataclass from JSON that may come from a stranger: known names and right types only, else UserError."""
     try:
         values = json.loads(text)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"not JSON: {e}") from None
     if not isinstance(values, dict):
         raise UserError("not a JSON object")
     known = {f.name for f in fields(cls)}
     if unknown := sorted(set(values) - known):
         raise UserError(f"{unknown[0]} is not a setting of {cls.__name__}: {near_name(unknown[0], sorted(known))}")
+    check_types(values, cls)  # before cls computes with them
     return cls(**values)
 
 

@@ -111,7 +111,7 @@ def open_dataset(folder: Path) -> Dataset:
         manifest = json.loads(raw)
         tokenizer = from_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
         files = {split: [str(e["file"]) for e in entries] for split, entries in manifest["splits"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as e:
         raise UserError(f"{folder} is damaged ({type(e).__name__}: {e}): prepare the data again") from None
     for split in ("train", "val"):
         if split not in files:

@@ -115,13 +115,18 @@ def resolve(cfg: Config, device: torch.device) -> tuple[Config, list[str]]:
     return cfg, said
 
 
-def set_fp32_precision(how: str, device: torch.device) -> None:
-    """How float32 matmuls are multiplied inside, by the current API (torch.backends.*.fp32_precision)."""
-    backend = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+def check_fp32_precision(how: str, device: torch.device) -> None:
+    """UserError if float32 matmuls cannot even be asked to be multiplied that way on this kind of device."""
     allowed = {"cuda": ("ieee", "tf32"), "cpu": ("ieee", "tf32", "bf16"), "mps": ("ieee",)}[device.type]
     if how not in allowed:
         raise UserError(f"fp32_precision={how} does not exist on {device.type}: type --fp32_precision={' or '.join(allowed)}")
+
+
+def set_fp32_precision(how: str, device: torch.device) -> None:
+    """How float32 matmuls are multiplied inside, by the current API (torch.backends.*.fp32_precision)."""
+    check_fp32_precision(how, device)
     if device.type != "mps":
+        backend = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
         backend.fp32_precision = how
 
 

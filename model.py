@@ -94,7 +94,7 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     scores = (q @ k.transpose(-2, -1)) / math.sqrt(q.size(-1))
     scores = scores.masked_fill(~causal_mask(T, S, q.device), float("-inf"))
     # In fp32 even under autocast, on every device: a bf16 sum over S terms loses what the softmax is for.
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)
+    weights = F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
     return F.dropout(weights, dropout) @ v
 
 
@@ -242,7 +242,7 @@ class GPT(nn.Module):
         cache: KVCache | None = None,
         last_only: bool = False,
     ) -> Tensor:
-        """The mean cross-entropy (a scalar, fp32, nats) if targets are given, else the logits.
+        """The mean cross-entropy (a scalar in nats, at least fp32) if targets are given, else the logits.
 
         idx: (B, T) int64 token ids. targets: (B, T) int64, -100 where a position does not count.
         cache: the tokens before idx; idx is added to it. Returns logits (B, T, V), or (B, 1, V) with last_only.
@@ -267,7 +267,8 @@ class GPT(nn.Module):
         if targets is None:
             return logits
         # fp32 by hand: autocast does so on CUDA but not everywhere, and the loss must not depend on the device
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def n_params(self) -> int:
         """How many parameters, shared ones once, without the padding rows: 124,439,808 for GPT-2 124M."""

@@ -47,7 +47,7 @@ class Preparation:
     """make it again even if it is there"""
 
     def __post_init__(self):
-        configurator.check_types(self)
+        configurator.check_types(vars(self), Preparation)
         if not 0.0 < self.val_fraction < 1.0:
             raise UserError(f"val_fraction={self.val_fraction} must lie between 0 and 1")
 

@@ -30,18 +30,34 @@ FIXED = {
 }
 
 
+# Our sizes, and the names they have there ("n_ctx" is the older one).
+HF_SIZES = {
+    "n_layer": ("n_layer",),
+    "n_head": ("n_head",),
+    "n_embd": ("n_embd",),
+    "vocab_size": ("vocab_size",),
+    "block_size": ("n_positions", "n_ctx"),
+}
+
+
 def config_from_hf(values: dict) -> GPTConfig:
     """A Hugging Face GPT-2 config.json as ours; UserError for what our model does not compute."""
+    if not isinstance(values, dict):
+        raise UserError("config.json is not a JSON object")
+    sizes = {}
+    for name, names in HF_SIZES.items():
+        found = next((values[n] for n in names if n in values), None)
+        if type(found) is not int:
+            raise UserError(f"config.json has {names[0]}={found!r}; it must be a whole number")
+        sizes[name] = found
     for name, expected in FIXED.items():
         found = values.get(name, expected)
-        if found != expected and not (name == "n_inner" and found == 4 * values["n_embd"]):
+        if found != expected and not (name == "n_inner" and found == 4 * sizes["n_embd"]):
             raise UserError(f"config.json has {name}={found!r}; this model is GPT-2 with {name}={expected!r}")
-    try:
-        sizes = {name: int(values[name]) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
-        length = int(values.get("n_positions", values.get("n_ctx", 1024)))
-    except (KeyError, TypeError, ValueError) as e:
-        raise UserError(f"config.json lacks a usable {e}") from None
-    return GPTConfig(**sizes, block_size=length, tie_weights=bool(values.get("tie_word_embeddings", True)))
+    tied = values.get("tie_word_embeddings", True)
+    if type(tied) is not bool:
+        raise UserError(f"config.json has tie_word_embeddings={tied!r}; it must be true or false")
+    return GPTConfig(**sizes, tie_weights=tied)
 
 
 def config_to_hf(cfg: GPTConfig) -> dict:
@@ -62,7 +78,7 @@ def from_hf_state(state: dict[str, Tensor], cfg: GPTConfig) -> dict[str, Tensor]
         if not name.startswith(("transformer.", "lm_head.")):
             name = "transformer." + name
         ours[name] = tensor.t().contiguous() if CONV1D.search(name) else tensor
-    if cfg.tie_weights:
+    if cfg.tie_weights and "transformer.wte.weight" in ours:
         ours["lm_head.weight"] = ours["transformer.wte.weight"]
     return ours
 
@@ -85,7 +101,8 @@ def to_hf_state(model: GPT) -> dict[str, Tensor]:
 def checked_load(model: GPT, state: dict[str, Tensor], where: str) -> None:
     """Load a state dict of unknown origin into a model; UserError names the first key that does not fit."""
     expected = model.state_dict()
-    for name in sorted(expected.keys() | state.keys()):
+    # the head last: where it is shared, what is wrong is the embedding, which the file does hold
+    for name in sorted(expected.keys() | state.keys(), key=lambda n: (n.startswith("lm_head"), n)):
         if name not in state:
             raise UserError(f"{where}: {name} is missing")
         if name not in expected:
@@ -116,11 +133,12 @@ def load_hf_dir(folder: Path) -> GPT:
     """A model from a folder in the Hugging Face layout, sharded or not."""
     try:
         cfg = config_from_hf(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         if isinstance(e, UserError):
             raise
         raise UserError(f"{folder}/config.json cannot be read: {e}") from None
-    files = sorted(folder.glob("model*.safetensors"))
+    one = folder / "model.safetensors"
+    files = [one] if one.is_file() else sorted(folder.glob("model-*-of-*.safetensors"))
     if not files:
         raise UserError(f"{folder} holds no model.safetensors (pickled weights, pytorch_model.bin, are never opened)")
     state: dict[str, Tensor] = {}

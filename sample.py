@@ -52,7 +52,7 @@ class Sampling:
     """precision of the weights and of the arithmetic"""
 
     def __post_init__(self):
-        configurator.check_types(self)
+        configurator.check_types(vars(self), Sampling)
         configurator.check_at_least(self, 0, "max_new_tokens", "temperature", "top_k", "seed")
         configurator.check_at_least(self, 1, "num_samples")
         if not 0.0 < self.top_p <= 1.0:
@@ -65,15 +65,17 @@ def next_distribution(logits: Tensor, temperature: float, top_k: int, top_p: flo
     """Probabilities (B, V) to draw from, given logits (B, V). temperature 0 puts all on the likeliest (lowest id on ties)."""
     if temperature == 0:
         return torch.zeros_like(logits).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
-    logits = logits.float() / temperature
+    # Shifted to a maximum of 0 and divided by at least 1e-30, so that no temperature above 0 can overflow.
+    logits = logits.float()
+    logits = (logits - logits.max(1, keepdim=True).values) / max(temperature, 1e-30)
     if 0 < top_k < logits.size(1):
-        kth = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, float("-inf"))
+        values, ids = logits.topk(top_k)  # exactly k, even where logits tie
+        logits = torch.full_like(logits, float("-inf")).scatter_(1, ids, values)
     if top_p < 1.0:
         ordered, ids = logits.sort(descending=True)
         p = ordered.softmax(1)
         # a token stays if those before it have less than top_p: the first always does
-        ordered = ordered.masked_fill(p.cumsum(1) - p >= top_p, float("-inf"))
+        ordered = ordered.masked_fill(p.cumsum(1) - p >= max(top_p, 1e-30), float("-inf"))
         logits = torch.full_like(logits, float("-inf")).scatter_(1, ids, ordered)
     return logits.softmax(1)
 
@@ -96,6 +98,7 @@ def generate(
     prompt: at least one id. With or without the cache the same tokens come out: what the model sees is decided by the
     number of tokens alone (see the top of this file).
     """
+    assert prompt, "generate() needs at least one token to start from"
     window = model.cfg.block_size
     weight = model.lm_head.weight
     random = torch.Generator(device=weight.device).manual_seed(seed)
@@ -141,8 +144,7 @@ def main(argv: list[str]) -> None:
     device = machine.pick_device(cfg.device)
     model, tokenizer = checkpoint.load_model(places[0], say=lambda line: print(line, file=sys.stderr))
     model = model.to(device, machine.DTYPES[cfg.dtype]).eval()
-    start = [tokenizer.end_of_text] if tokenizer.end_of_text is not None else tokenizer.encode("\n")
-    prompt = tokenizer.encode(text) or start
+    prompt = tokenizer.encode(text) or [tokenizer.start]
     if len(prompt) > model.cfg.block_size:
         print(f"the prompt has {len(prompt)} tokens: its last {model.cfg.block_size} are used", file=sys.stderr)
     tokens = generate(

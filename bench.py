@@ -1,0 +1,525 @@
+"""Measure train.train_step itself, never a copy of it.
+
+    python bench.py ladder             every rung of config/ladder/, each against the one before it and against the first
+    python bench.py ablate             the top rung with one setting put back at a time
+    python bench.py ab A.py B.py       two configs, paired and interleaved: tokens/s and loss with confidence intervals
+    python bench.py sampling           tokens/s with and without the KV cache
+    python bench.py stages             what each stage of config/stages/ reaches
+
+Each measurement is a fresh process. Rounds are interleaved (all configs, then all again), so that drift of a shared machine
+hits all alike. Results go to results/<hardware>/<command>.json as raw numbers; report.py computes everything that is printed.
+"""
+
+import datetime
+import glob
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import configurator
+import machine
+import report
+from configurator import Config
+from model import UserError
+
+LADDER = "config/ladder/r[0-9][0-9]*.py"  # r01_x.py; r01b_y.py is its twin, beside the chain
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What to measure on; every command takes these."""
+
+    device: str = "auto"
+    """auto, cuda, mps or cpu"""
+    batch_size: int = 0
+    """micro-batch of the first rung; 0: 16 on a GPU, 4 on a CPU"""
+    sequence_length: int = 0
+    """T; 0: 1024 on a GPU, 256 on a CPU"""
+    tokens_per_step: int = 0
+    """tokens per optimizer step on every rung; 0: four micro-batches on a GPU, one on a CPU"""
+    n_layer: int = 12
+    """layers; 12 is GPT-2 124M, less is for trying things out"""
+    rounds: int = 3
+    """times that everything is measured"""
+    steps: int = 8
+    """steps from the same start whose losses are compared, in the first round"""
+    quick: bool = False
+    """one round of few steps on shorter sequences: a look, not a measurement"""
+    data_dir: str = "data"
+    """where prepared data sets lie"""
+    out: str = "results"
+    """folder for the results"""
+    seeds: int = 5
+    """ab: seeds per config"""
+
+    def __post_init__(self):
+        configurator.check_types(vars(self), Sizes)
+        configurator.check_at_least(self, 1, "n_layer", "rounds", "steps", "seeds")
+        configurator.check_at_least(self, 0, "batch_size", "sequence_length", "tokens_per_step")
+
+    def by_device(self, device: torch.device) -> "Sizes":
+        """The same with every 0 filled in."""
+        gpu = device.type == "cuda"
+        B = self.batch_size or (16 if gpu else 4)
+        T = self.sequence_length or (1024 if gpu else 64 if self.quick else 256)
+        few = dict(rounds=1, steps=min(self.steps, 4)) if self.quick else {}
+        tokens = self.tokens_per_step or B * T * (4 if gpu else 1)
+        return replace(self, batch_size=B, sequence_length=T, tokens_per_step=tokens, **few)
+
+    def apply(self, cfg: Config, base_batch_size: int) -> Config:
+        """cfg at these sizes; its micro-batch keeps its ratio to the first rung's."""
+        return replace(
+            cfg,
+            device=self.device,
+            n_layer=self.n_layer,
+            batch_size=max(1, cfg.batch_size * self.batch_size // base_batch_size),
+            sequence_length=self.sequence_length,
+            tokens_per_step=self.tokens_per_step,
+            data_dir=self.data_dir,
+        )
+
+
+# ---- timing -----------------------------------------------------------------------------------------------------------
+
+
+def time_steps(
+    do_step: Callable[[int], Any],
+    steps: int,
+    min_timed: int,
+    clock: Callable[[], float] = time.perf_counter,
+    settled: float = 0.1,
+    max_warmup: int = 5,
+) -> tuple[list[float], int]:
+    """Run do_step(0), do_step(1), …: (seconds of each step, how many of the first are warm-up).
+
+    do_step must not return before its work is done. Warm-up ends when a step takes within `settled` of the one before it,
+    or after max_warmup steps; the first step, which compiles, never counts. At least `steps` steps run, and at least
+    min_timed after the warm-up.
+    """
+    seconds: list[float] = []
+    warmup = 0
+    while len(seconds) < max(steps, warmup + min_timed):
+        began = clock()
+        do_step(len(seconds))
+        seconds.append(clock() - began)
+        n = len(seconds)
+        if n == warmup + 1 and n <= max_warmup:  # still warming up: does this step settle it?
+            calm = n >= 3 and abs(seconds[-1] - seconds[-2]) <= settled * seconds[-2]
+            warmup = n - 1 if calm else n
+    return seconds, min(warmup, len(seconds) - 1)
+
+
+def measure(cfg: Config, steps: int, min_timed: int) -> dict:
+    """Build a run, time its steps, read back what was on. A plain dict; "error" in it if it could not be had."""
+    import parallel
+    import train
+
+    try:
+        run, _ = train.build(cfg)
+    except UserError as e:
+        return {"error": str(e)}
+    losses: list[float] = []
+
+    def one_step(step: int) -> None:
+        losses.append(train.train_step(run, step)[0])
+        if run.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    try:
+        seconds, warmup = time_steps(one_step, steps, min_timed)
+        memory = machine.memory_gib(run.device)
+        on = train.effective(run)
+    except torch.OutOfMemoryError as e:
+        return {"error": f"out of memory: {e}", "out_of_memory": True}
+    wrong = train.mismatches(run, on)
+    result = {
+        "requested": asdict(run.cfg),
+        "effective": on,
+        "first_step_s": seconds[0],
+        "warmup": warmup,
+        "step_s": seconds,
+        "losses": losses,
+        "memory_gib": memory,
+        "machine": machine.describe(run.device),
+        "peak_flops": machine.peak_flops(run.device),
+    }
+    parallel.stop()
+    return result | ({"error": "; ".join(wrong)} if wrong else {})
+
+
+def ceilings(cfg: Config) -> dict:
+    """What this machine reaches in its own large matmuls (FLOP/s, per dtype) and in a large copy (bytes/s, read + written)."""
+    device = machine.pick_device(cfg.device)
+    n, repeats = (8192, 20) if device.type == "cuda" else (1536, 6)
+
+    def best(work: Callable[[], Any]) -> float:
+        times = []
+        for _ in range(repeats):
+            began = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    rates: dict[str, Any] = {"peak_flops": machine.peak_flops(device), "machine": machine.describe(device)}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))  # random: zeros run faster than data
+        rates[f"gemm_{str(dtype).removeprefix('torch.')}_flops"] = 2 * n**3 / best(lambda a=a, b=b: a @ b)
+    big = torch.randn(2**28 if device.type == "cuda" else 2**25, device=device)
+    other = torch.empty_like(big)
+    rates["copy_bytes_per_s"] = 2 * big.nbytes / best(lambda: other.copy_(big))
+    return rates
+
+
+def worker(job_path: str, result_path: str) -> None:
+    """A fresh process's whole life: do one job, leave its result as JSON (from the first process, if there are several)."""
+    job = json.loads(Path(job_path).read_text(encoding="utf-8"))
+    cfg = Config(**job["config"])
+    result = ceilings(cfg) if job["what"] == "ceilings" else measure(cfg, job["steps"], job["min_timed"])
+    if int(os.environ.get("RANK", 0)) == 0:
+        Path(result_path).write_text(json.dumps(result), encoding="utf-8")
+
+
+def in_fresh_process(cfg: Config, what: str = "measure", steps: int = 1, min_timed: int = 1) -> dict:
+    """Do a job in a process of its own (in cfg.processes of them, under torchrun). A crash comes back as its "error"."""
+    with tempfile.TemporaryDirectory() as folder:
+        job, result = Path(folder, "job.json"), Path(folder, "result.json")
+        job.write_text(json.dumps({"what": what, "config": asdict(cfg), "steps": steps, "min_timed": min_timed}))
+        start = [sys.executable]
+        if cfg.processes > 1:
+            start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={cfg.processes}"]
+        done = subprocess.run(
+            [*start, __file__, "worker", job, result], capture_output=True, encoding="utf-8", errors="replace"
+        )
+        if result.is_file():
+            return json.loads(result.read_text(encoding="utf-8"))
+        tail = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        # the kernel's answer to a process that outgrows memory is SIGKILL
+        return {"error": f"process ended with {done.returncode}: {tail}", "out_of_memory": done.returncode in (-9, 137)}
+
+
+# ---- ladder and ablation ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One config to measure, and the one it is compared with."""
+
+    name: str
+    title: str
+    cfg: Config
+    versus: str  # the rung it changes one setting of; its own name in the first
+    changes: dict[str, tuple[Any, Any]]  # that setting, {field: (there, here)}
+
+
+def title_of(path: str) -> str:
+    """The first line of a config file's docstring."""
+    return re.search(r'"""(.*?)(\n|""")', Path(path).read_text(encoding="utf-8"))[1].strip()
+
+
+def load_ladder() -> list[Rung]:
+    """The rungs of config/ladder/ in order, each with the rung it changes; a twin behind the rung it stands beside."""
+    rungs: list[Rung] = []
+    parent = None  # the chain's last rung
+    for path in sorted(glob.glob(LADDER)):
+        name, cfg = Path(path).stem, configurator.load_file(path)
+        twin = name[3] != "_"
+        below = next(r for r in rungs if r.name == rungs[-1].versus) if twin else parent
+        changes = configurator.diff(below.cfg, cfg) if below else {}
+        if below and len(changes) != 1:
+            raise UserError(f"{path} must change exactly one setting of {below.name}, not {', '.join(changes) or 'none'}")
+        rungs.append(Rung(name, title_of(path), cfg, below.name if below else name, changes))
+        parent = parent if twin else rungs[-1]
+    return rungs
+
+
+def cannot_be_had(cfg: Config, device: torch.device) -> str | None:
+    """Why a config does not exist on this machine, or None. What only a run can tell, measure() tells."""
+    try:
+        machine.resolve(replace(cfg, device=device.type), device)
+        machine.check_fp32_precision(cfg.fp32_precision, device)
+    except UserError as e:
+        return str(e)
+    there = torch.cuda.device_count() if device.type == "cuda" else torch.get_num_threads()
+    if cfg.processes > there:
+        return f"it needs {cfg.processes} {'GPUs' if device.type == 'cuda' else 'cores'}, there is {there}"
+    if cfg.batch_size > cfg.tokens_per_step // cfg.T:
+        return f"a step of {cfg.tokens_per_step} tokens is one micro-batch already: give a larger --tokens_per_step"
+    return None
+
+
+def climb(rungs: list[Rung], sizes: Sizes, device: torch.device) -> tuple[list[Rung], dict[str, str]]:
+    """The rungs at the given sizes, each with one setting more than the last that this machine can have, and
+    {name: reason} of those it cannot: their setting is left out of all later rungs.
+    """
+    base = rungs[0].cfg.batch_size
+    standing = replace(rungs[0], cfg=sizes.apply(rungs[0].cfg, base))  # the last rung of the chain that can be had
+    climbed, skipped, before = [standing], {}, standing
+    for rung in rungs[1:]:
+        ((field, (_, value)),) = rung.changes.items()
+        if field == "batch_size":
+            value = max(1, value * sizes.batch_size // base)
+        twin = rung.versus == rungs[len(climbed) - 1].versus
+        below = before if twin else standing
+        cfg = replace(below.cfg, **{field: value})
+        here = Rung(rung.name, rung.title, cfg, below.name, configurator.diff(below.cfg, cfg))
+        climbed.append(here)
+        reason = cannot_be_had(cfg, device)
+        if not reason and field == "fp32_precision":
+            # whether this device really rounds shows only when it multiplies: one step of one layer
+            reason = in_fresh_process(replace(cfg, n_layer=1)).get("error")
+        if reason:
+            skipped[rung.name] = reason
+        if not twin:
+            before = standing
+            standing = standing if reason else here
+    return climbed, skipped
+
+
+def run_rounds(rungs: list[Rung], skipped: dict[str, str], sizes: Sizes, min_timed: int) -> dict[str, list[dict]]:
+    """Measure every rung `rounds` times, interleaved. {name: [result, …]}; a rung that fails is added to `skipped`."""
+    results: dict[str, list[dict]] = {rung.name: [] for rung in rungs}
+    with tqdm(total=sizes.rounds * (len(rungs) - len(skipped)), disable=None, unit="run") as bar:
+        for number in range(sizes.rounds):
+            for rung in rungs:
+                if rung.name in skipped:
+                    continue
+                bar.set_description(f"round {number + 1}/{sizes.rounds} {rung.name}")
+                steps = sizes.steps if number == 0 else 1
+                result = in_fresh_process(rung.cfg, steps=steps, min_timed=min_timed)
+                bar.update()
+                if result.get("out_of_memory"):
+                    raise OutOfMemory(f"{rung.name}: {result['error']}")
+                if "error" in result:
+                    skipped[rung.name] = result["error"]
+                    bar.total -= sizes.rounds - number - 1
+                    continue
+                results[rung.name].append(result)
+    return results
+
+
+class OutOfMemory(Exception):
+    """A rung needed more memory than there is."""
+
+
+def with_smaller_batches(sizes: Sizes, attempt: Callable[[Sizes], dict]) -> dict:
+    """attempt(sizes), and again with half the micro-batch for all rungs whenever one runs out of memory."""
+    while True:
+        try:
+            return attempt(sizes)
+        except OutOfMemory as e:
+            if sizes.batch_size == 1:
+                raise UserError(f"out of memory even with micro-batches of 1: {e}; type --sequence_length=…") from None
+            sizes = replace(sizes, batch_size=sizes.batch_size // 2)
+            print(f"{e}\nout of memory: every rung again with micro-batches of {sizes.batch_size}", file=sys.stderr)
+
+
+def ladder(sizes: Sizes, device: torch.device) -> dict:
+    rungs, skipped = climb(load_ladder(), sizes, device)
+    results = run_rounds(rungs, skipped, sizes, min_timed=2)
+    return record("ladder", sizes, rungs, skipped, results)
+
+
+def ablate(sizes: Sizes, device: torch.device) -> dict:
+    climbed, skipped = climb(load_ladder(), sizes, device)
+    chain = {r.name: r for r in climbed if r.name not in skipped}
+    top = climbed[-1] if climbed[-1].name in chain else list(chain.values())[-1]
+    rungs = [Rung("top", "the top rung", top.cfg, "top", {})]
+    rung = top
+    while rung.changes:  # down the chain; a twin is never met
+        ((field, (before, after)),) = rung.changes.items()
+        if field != "fp32_precision" or top.cfg.dtype == "float32":  # else no float32 matmul is left for it to act on
+            cfg = replace(top.cfg, **{field: before})
+            rungs.insert(1, Rung(f"without_{field}", rung.title, cfg, "top", {field: (after, before)}))
+        rung = chain[rung.versus]
+    skipped = {}
+    return record("ablate", sizes, rungs, skipped, run_rounds(rungs, skipped, sizes, min_timed=3))
+
+
+def record(kind: str, sizes: Sizes, rungs: list[Rung], skipped: dict[str, str], results: dict[str, list[dict]]) -> dict:
+    """Everything measured, as JSON values."""
+    entries = []
+    for rung in rungs:
+        rounds = results[rung.name]
+        entry = {"name": rung.name, "title": rung.title, "versus": rung.versus}
+        entry["changes"] = {k: list(v) for k, v in rung.changes.items()}
+        if rung.name in skipped:
+            entries.append(entry | {"skipped": skipped[rung.name]})
+            continue
+        entries.append(
+            entry
+            | {key: rounds[0][key] for key in ("requested", "effective", "losses")}
+            | {"memory_gib": max(r["memory_gib"] for r in rounds), "first_step_s": [r["first_step_s"] for r in rounds]}
+            | {"step_s": [r["step_s"][r["warmup"] :] for r in rounds]}
+        )
+    return header(kind, sizes) | {"ceilings": in_fresh_process(rungs[0].cfg, "ceilings"), "rungs": entries}
+
+
+def header(kind: str, sizes: Sizes) -> dict:
+    """What every result file begins with."""
+    device = machine.pick_device(sizes.device)
+    when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    command = "python bench.py " + " ".join(sys.argv[1:])
+    return {"kind": kind, "date": when, "command": command, "machine": machine.describe(device), "sizes": asdict(sizes)}
+
+
+# ---- two configs ------------------------------------------------------------------------------------------------------
+
+
+def ab(paths: list[str], sizes: Sizes, device: torch.device) -> dict:
+    """Two config files as they are (sizes only where given), seed by seed, in alternating order."""
+    if len(paths) != 2:
+        raise UserError("ab compares two config files: type python bench.py ab A.py B.py")
+    given = {k: v for k in ("batch_size", "sequence_length", "tokens_per_step") if (v := getattr(sizes, k))}
+    if "sequence_length" in given and "batch_size" in given:
+        given.setdefault("tokens_per_step", given["sequence_length"] * given["batch_size"])
+    pair = [(p, replace(configurator.load_file(p), device=sizes.device, data_dir=sizes.data_dir, **given)) for p in paths]
+    runs: list[list[dict]] = [[], []]
+    with tqdm(total=2 * sizes.seeds, disable=None, unit="run") as bar:
+        for seed in range(sizes.seeds):
+            for which in (0, 1) if seed % 2 == 0 else (1, 0):
+                path, cfg = pair[which]
+                bar.set_description(f"seed {seed + 1}/{sizes.seeds} {Path(path).stem}")
+                result = in_fresh_process(replace(cfg, seed=cfg.seed + seed), steps=sizes.steps, min_timed=3)
+                bar.update()
+                if "error" in result:
+                    raise UserError(f"{path}: {result['error']}")
+                runs[which].append(result)
+    sides = [
+        {
+            "config": path,
+            "requested": side[0]["requested"],
+            "effective": side[0]["effective"],
+            "step_s": [r["step_s"][r["warmup"] :] for r in side],
+            "losses": [r["losses"] for r in side],
+        }
+        for (path, _), side in zip(pair, runs, strict=True)
+    ]
+    changes = {k: list(v) for k, v in configurator.diff(pair[0][1], pair[1][1]).items() if k != "out_dir"}
+    return header("ab", sizes) | {"sides": sides, "changes": changes}
+
+
+# ---- sampling and stages ----------------------------------------------------------------------------------------------
+
+
+def sampling(sizes: Sizes, device: torch.device) -> dict:
+    """Decode 124M with random weights, cached and uncached in turn: a token's cost does not depend on the weights."""
+    from model import GPT
+    from sample import generate
+
+    torch.manual_seed(0)
+    model = GPT(Config(n_layer=sizes.n_layer)).to(device).eval()
+    prompt, count = list(range(64)), 8 if sizes.quick else 48
+    speeds: dict[str, list[float]] = {"cached": [], "uncached": []}
+    tokens: dict[str, list[int]] = {}
+    for number in tqdm(range(1 + sizes.rounds), desc="sampling", disable=None):
+        for how in speeds:
+            times = []
+            ids = []
+            began = time.perf_counter()
+            for token in generate(model, prompt, count, temperature=0, kv_cache=how == "cached"):
+                ids.append(token.item())
+                times.append(time.perf_counter() - began)
+                began = time.perf_counter()
+            tokens[how] = ids
+            if number:  # the first round warms up; the first token reads the prompt
+                speeds[how].append((count - 1) / sum(times[1:]))
+    same = tokens["cached"] == tokens["uncached"]
+    return header("sampling", sizes) | {"prompt_tokens": 64, "new_tokens": count, "tokens_per_s": speeds, "same_tokens": same}
+
+
+def residual_stream(cfg: Config) -> list[float]:
+    """Standard deviation of the residual stream at init: behind the embedding, then behind each block."""
+    from data import open_dataset
+    from model import GPT
+
+    torch.manual_seed(cfg.seed)
+    model, found = GPT(cfg).eval(), []
+    model.transformer.h[0].register_forward_pre_hook(lambda _, args: found.append(args[0].std().item()))
+    for block in model.transformer.h:
+        block.register_forward_hook(lambda *args: found.append(args[2].std().item()))
+    tokens = open_dataset(Path(cfg.data_dir) / cfg.dataset).split("train").read(0, 4 * 256)
+    with torch.no_grad():
+        model(torch.from_numpy(tokens).view(4, 256))
+    return found
+
+
+def stages(sizes: Sizes, device: torch.device) -> dict:
+    """Run each training stage's config as a user would, and measure the residual stream of the last one."""
+    entries = []
+    for path in tqdm(sorted(glob.glob("config/stages/s[2-9]_*.py")), desc="stages", disable=None):
+        with tempfile.TemporaryDirectory() as folder:
+            flags = [f"--out_dir={folder}/run", f"--device={sizes.device}", f"--data_dir={sizes.data_dir}"]
+            done = subprocess.run([sys.executable, "train.py", path, *flags], capture_output=True, encoding="utf-8")
+            if done.returncode:
+                raise UserError(f"{path}: {done.stderr.strip().splitlines()[-1]}")
+            records = [json.loads(line) for line in Path(folder, "run", "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        on = next(r["effective"] for r in records if "effective" in r)
+        losses = [r["loss"] for r in records if "loss" in r]
+        val = [r["val_loss"] for r in records if "val_loss" in r]
+        seconds = sum(r["ms"] for r in records if "ms" in r) / 1e3
+        entries.append(
+            {"config": path, "title": title_of(path), "parameters": on["parameters"], "dtype": on["dtype"], "seconds": seconds}
+            | {"losses": losses, "val_loss": val[-1]}
+        )
+    last = configurator.load_file(sorted(glob.glob("config/stages/s5_*.py"))[0])
+    last = replace(last, data_dir=sizes.data_dir)
+    streams = {
+        "scaled": residual_stream(last),
+        "unscaled": residual_stream(replace(last, scale_residual_init=False)),
+    }
+    return header("stages", sizes) | {"ln_vocab_size": math.log(50257), "stages": entries, "residual_std": streams}
+
+
+# ---- the command line -------------------------------------------------------------------------------------------------
+
+COMMANDS = {"ladder": ladder, "ablate": ablate, "ab": ab, "sampling": sampling, "stages": stages}
+
+
+def results_dir(sizes: Sizes, device: torch.device) -> Path:
+    """results/<hardware>, e.g. results/nvidia-h200 or results/amd-epyc-2-cores."""
+    slug = re.sub(r"[^a-z0-9]+", "-", machine.hardware_name(device).lower()).strip("-")
+    return Path(sizes.out) / slug
+
+
+def main(argv: list[str]) -> None:
+    if argv[:1] == ["worker"]:
+        return worker(*argv[1:])
+    words, flags = configurator.split_positional(Sizes(), argv)
+    asked = configurator.parse(Sizes(), flags, __doc__)
+    if not words or words[0] not in COMMANDS:
+        given = f"{words[0]} is no command: " if words else ""
+        raise UserError(f"{given}type python bench.py {' | '.join(COMMANDS)}")
+    command, places = words[0], words[1:]
+    if places and command != "ab":
+        raise UserError(f"{places[0]!r} is one argument too many: bench.py {command} takes settings only, as --name=value")
+    device = machine.pick_device(asked.device)
+    sizes = asked.by_device(device)
+    if command == "ab":
+        result = ab(places, asked, device)
+    elif command in ("ladder", "ablate"):
+        result = with_smaller_batches(sizes, lambda s: COMMANDS[command](s, device))
+    else:
+        result = COMMANDS[command](sizes, device)
+    path = results_dir(sizes, device) / f"{command}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(report.as_text(result))
+    print(f"wrote {path}; python report.py puts it into the README")
+
+
+if __name__ == "__main__":
+    configurator.entry(main)
