@@ -5,6 +5,7 @@
     python bench.py ab A.py B.py       two configs, paired and interleaved: tokens/s and loss with confidence intervals
     python bench.py sampling           tokens/s with and without the KV cache
     python bench.py stages             what each stage of config/stages/ reaches
+    python bench.py shakespeare        what `make train` does, timed from a cold compiler cache: train, then sample
 
 Each measurement is a fresh process. Rounds are interleaved (all configs, then all again), so that drift of a shared machine
 hits all alike. Results go to results/<hardware>/<command>.json as raw numbers; report.py computes everything that is printed.
@@ -484,9 +485,39 @@ def stages(sizes: Sizes, device: torch.device) -> dict:
     return header("stages", sizes) | {"ln_vocab_size": math.log(50257), "stages": entries, "residual_std": streams}
 
 
+def shakespeare(sizes: Sizes, device: torch.device) -> dict:
+    """The main job as `make train` runs it, from an empty compiler cache; installing and downloading come before it."""
+    prompt = "ROMEO:"
+    with tempfile.TemporaryDirectory() as folder:
+        out, env = f"{folder}/shakespeare", os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}
+        places = [f"--out_dir={out}", f"--data_dir={sizes.data_dir}", f"--device={sizes.device}"]
+        torchrun = [sys.executable, "-m", "torch.distributed.run"]
+        train = [*torchrun, "train.py", "config/shakespeare.py", *places, *(["--max_steps=4"] if sizes.quick else [])]
+        sample = [sys.executable, "sample.py", out, f"--prompt={prompt}", f"--device={sizes.device}"]
+        seconds, texts = {}, {}
+        for name, command in {"train": train, "sample": sample}.items():
+            began = time.perf_counter()
+            done = subprocess.run(command, capture_output=True, encoding="utf-8", env=env)
+            seconds[name], texts[name] = time.perf_counter() - began, done.stdout
+            if done.returncode:
+                raise UserError(f"{' '.join(command[2:])}: {done.stderr.strip().splitlines()[-1]}")
+        records = [json.loads(line) for line in Path(out, "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [r for r in records if "loss" in r]
+    return header("shakespeare", sizes) | {
+        "seconds": seconds,
+        "first_step_s": steps[0]["ms"] / 1e3,
+        "step_s": [[r["ms"] / 1e3 for r in steps[1:]]],
+        "losses": [r["loss"] for r in steps],
+        "val_loss": next(r["val_loss"] for r in reversed(records) if "val_loss" in r),
+        "parameters": next(r["effective"]["parameters"] for r in records if "effective" in r),
+        "requested": next(r["config"] for r in records if "config" in r),
+        "sample": texts["sample"],
+    }
+
+
 # ---- the command line -------------------------------------------------------------------------------------------------
 
-COMMANDS = {"ladder": ladder, "ablate": ablate, "ab": ab, "sampling": sampling, "stages": stages}
+COMMANDS = {"ladder": ladder, "ablate": ablate, "ab": ab, "sampling": sampling, "stages": stages, "shakespeare": shakespeare}
 
 
 def results_dir(sizes: Sizes, device: torch.device) -> Path:

@@ -141,7 +141,7 @@ def main(argv: list[str]) -> None:
     data.write_dataset(folder, splits, tokenizer, named or ", ".join(sources))
     for split_name, ids in splits.items():
         print(f"{folder}/{split_name}_000000.bin: {len(ids):,} tokens of {tokenizer.vocab_size:,}")
-    base = "config/shakespeare_char.py" if kind == "char" else "config/shakespeare.py"
+    base = "config/shakespeare_char_cpu.py" if kind == "char" else "config/shakespeare.py"
     settings = "" if named else f" --dataset={name}" + (f" --vocab_size={tokenizer.vocab_size}" if kind == "char" else "")
     settings += f" --data_dir={cfg.data_dir}" if cfg.data_dir != Preparation.data_dir else ""
     print(f"next: torchrun train.py {base}{settings}")

@@ -7,9 +7,11 @@
 Everything that is printed is computed here, from raw step times and losses. Never imports torch.
 """
 
+import json
 import math
 import re
 import statistics
+import sys
 from pathlib import Path
 
 README, RESULTS, DOCS = Path("README.md"), Path("results"), Path("docs")
@@ -140,7 +142,7 @@ def ab_table(result: dict, markdown: bool) -> str:
     steps = len(a["losses"][0])
     text = table(["config", "ms/step [IQR]", "tok/s", f"loss at step {steps}"], rows, markdown)
     return (
-        f"{text}\n\nB is {speed[0]:.2f}× as fast as A, 95% CI [{speed[1]:.2f}, {speed[2]:.2f}] over {len(logs)} pairs: {faster}. "
+        f"{text}\n\nB is {speed[0]:.2f}× as fast as A, 95% CI [{speed[1]:.2f}, {speed[2]:.2f}], {len(logs)} pairs: {faster}. "
         f"Loss of B minus A {loss[0]:+.4f}, 95% CI [{loss[1]:+.4f}, {loss[2]:+.4f}]: {lower}. {machine_line(result)}."
     )
 
@@ -193,14 +195,128 @@ def stages_table(result: dict, markdown: bool) -> str:
     return f"{table(head, rows, markdown)}\n\n{note}"
 
 
+def shakespeare_table(result: dict, markdown: bool) -> str:
+    low, middle, high = quartiles(all_steps(result))
+    cfg, seconds = result["requested"], result["seconds"]
+    rows = [
+        ["parameters", f"{result['parameters'] / 1e6:.2f}M"],
+        ["steps × tokens", f"{len(result['losses'])} × {cfg['tokens_per_step']}"],
+        ["validation loss", f"{result['val_loss']:.2f}"],
+        ["training, start to checkpoint", f"{seconds['train']:.0f} s"],
+        ["of it the first step, which compiles", f"{result['first_step_s']:.0f} s"],
+        ["ms/step [IQR]", f"{1e3 * middle:.0f} [{1e3 * low:.0f}, {1e3 * high:.0f}]"],
+        ["sampling 200 tokens", f"{seconds['sample']:.0f} s"],
+        ["start to text", f"{seconds['train'] + seconds['sample']:.0f} s"],
+    ]
+    text = result["sample"].strip()
+    quoted = "\n".join("    " + line for line in text.splitlines()[:16])
+    return f"{table(['make train', ''], rows, markdown)}\n\n{machine_line(result)}. It wrote:\n\n{quoted}"
+
+
 TABLES = {
     "ladder": step_rows,
     "ablate": step_rows,
     "ab": ab_table,
     "sampling": sampling_table,
     "stages": stages_table,
+    "shakespeare": shakespeare_table,
 }
 
 
 def as_text(result: dict) -> str:
     return TABLES[result["kind"]](result, markdown=False)
+
+
+# ---- the README -------------------------------------------------------------------------------------------------------
+
+BLOCK = re.compile(r"(<!-- begin (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def load(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def generated(text: str) -> str:
+    """The README with each block `<!-- begin results/…/x.json -->` … `<!-- end -->` made anew from its file."""
+
+    def block(match: re.Match) -> str:
+        result = load(Path(match[2]))
+        return f"{match[1]}{TABLES[result['kind']](result, markdown=True)}\n{match[4]}"
+
+    return BLOCK.sub(block, text)
+
+
+def write_readme(check: bool) -> None:
+    """Regenerate the README, or with check exit with 1 and a line for each block that is not what its JSON says."""
+    text = README.read_text(encoding="utf-8")
+    fresh = generated(text)
+    if not check:
+        README.write_text(fresh, encoding="utf-8")
+        print(f"{README}: {len(BLOCK.findall(fresh))} blocks written")
+        return
+    stale = [old[2] for old, new in zip(BLOCK.finditer(text), BLOCK.finditer(fresh), strict=True) if old[0] != new[0]]
+    for path in stale:
+        print(f"error: {README} differs from {path}: type python report.py", file=sys.stderr)
+    sys.exit(1 if stale else 0)
+
+
+def plot_residual(result: dict, path: Path) -> None:
+    """The residual stream's standard deviation through the depth, with and without scaled projections."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    for name, label in (("unscaled", "residual projections at std 0.02"), ("scaled", "scaled by 1/√(2·n_layer)")):
+        axes.plot(result["residual_std"][name], marker="o", markersize=3, label=label)
+    axes.set(xlabel="after block (0: the embedding)", ylabel="standard deviation", title="Residual stream at initialisation")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    save_figure(figure, path)
+
+
+def plot_curves(run: Path) -> Path:
+    """Training and validation loss of a run, from its log.jsonl. Of a step that was done twice the later record counts."""
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    curves: dict[str, dict[int, float]] = {"loss": {}, "val_loss": {}}
+    for record in records:
+        for name in curves.keys() & record.keys():
+            curves[name][record["step"]] = record[name]
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(*zip(*sorted(curves["loss"].items()), strict=True), linewidth=1, label="training")
+    if curves["val_loss"]:
+        axes.plot(*zip(*sorted(curves["val_loss"].items()), strict=True), marker="o", label="validation")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=str(run))
+    axes.legend(frameon=False)
+    return save_figure(figure, run / "curves.png")
+
+
+def pyplot():
+    """matplotlib without a window, imported only when something is drawn."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 120})
+    return plt
+
+
+def save_figure(figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None})  # no version in it: the same numbers give the same bytes
+    return path
+
+
+def main(argv: list[str]) -> None:
+    if argv in ([], ["--check"]):
+        write_readme(check=bool(argv))
+        for path in sorted(RESULTS.glob("*/stages.json")):
+            plot_residual(load(path), DOCS / f"residual-{path.parent.name}.png")
+    elif len(argv) == 1 and (Path(argv[0]) / "log.jsonl").is_file():
+        print(f"wrote {plot_curves(Path(argv[0]))}")
+    else:
+        print(f"error: {' '.join(argv)} is no run: type python report.py, or python report.py out/<run>", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
