@@ -22,6 +22,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 import pretrained
@@ -72,9 +73,11 @@ def save(
     """
     final = run_dir / f"step_{step:08d}"
     temporary = run_dir / f".writing_{final.name}"
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a run that died while saving
-    temporary.mkdir(parents=True)
+    replaced = run_dir / f".replaced_{final.name}"
     try:
+        for leftover in (temporary, replaced):  # of a run that died while saving
+            shutil.rmtree(leftover, ignore_errors=True)
+        temporary.mkdir(parents=True)
         moments = optimizer_tensors(optimizer, model)
         random = {f"random.{rank}": state for rank, state in enumerate(random_states)}
         safetensors.torch.save_file({n: p.detach() for n, p in model.named_parameters()}, temporary / "model.safetensors")
@@ -87,14 +90,22 @@ def save(
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for path in [*temporary.iterdir(), temporary]:
             sync(path)
-        shutil.rmtree(final, ignore_errors=True)  # the same step, saved by an earlier attempt
-        os.rename(temporary, final)
+        if final.exists():  # the same step, saved by an earlier attempt: it goes only once the new one is in its place
+            os.rename(final, replaced)
+        try:
+            os.rename(temporary, final)
+        except OSError:
+            if replaced.exists():
+                os.rename(replaced, final)
+            raise
         sync(run_dir)
-    except OSError as e:
-        raise UserError(f"cannot save a checkpoint in {run_dir}: {e.strerror or e}; earlier ones are untouched") from None
+    except (OSError, SafetensorError) as e:  # a full disk is the one or the other, depending on who was writing
+        reason = getattr(e, "strerror", None) or e
+        raise UserError(f"cannot save a checkpoint in {run_dir}: {reason}; earlier ones are untouched") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in candidates(run_dir)[keep:]:
+    shutil.rmtree(replaced, ignore_errors=True)
+    for old in [c for c in candidates(run_dir) if c != final][keep - 1 :]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -131,7 +142,7 @@ def verify(folder: Path) -> None:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         version, files = manifest["format"], manifest["files"]
         entries = {str(name): (int(e["bytes"]), str(e["sha256"])) for name, e in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as e:
         raise UserError(f"{folder} has no readable manifest.json ({type(e).__name__}: {e})") from None
     if version != FORMAT:
         raise UserError(f"{folder} has checkpoint format {version}; this program reads {FORMAT}")
@@ -166,14 +177,22 @@ def newest(run_dir: Path, say: Callable[[str], None] = print) -> Path:
 
 def read_config(folder: Path, cls: type = Config) -> Config | GPTConfig:
     """The configuration a checkpoint was trained with (cls=GPTConfig: only the model's part)."""
-    text = (folder / "config.json").read_text(encoding="utf-8")
     try:
+        text = (folder / "config.json").read_text(encoding="utf-8")
         if cls is GPTConfig:  # sampling needs no more, and must not refuse what training has gained since
             own = {f.name for f in fields(GPTConfig)}
             text = json.dumps({k: v for k, v in json.loads(text).items() if k in own})
         return from_json(text, cls)
-    except (ValueError, AttributeError, RecursionError) as e:
+    except (OSError, ValueError, AttributeError, RecursionError) as e:
         raise UserError(f"{folder}/config.json: {e}") from None
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a folder that has a tokenizer.json of ours."""
+    try:
+        return tokenizer_from_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"{folder}/tokenizer.json: {e}") from None
 
 
 def load_weights(folder: Path, model: GPT) -> None:
@@ -186,19 +205,24 @@ def load_weights(folder: Path, model: GPT) -> None:
 
 def load_training(folder: Path, model: GPT, optimizer: torch.optim.Optimizer, rank: int, device: torch.device) -> dict:
     """Optimizer state and this rank's random state from a verified checkpoint. Returns training.json."""
+    where = f"{folder}/training.safetensors"
     state = pretrained.read_safetensors(folder / "training.safetensors")
-    for name, p in model.named_parameters():
-        for kind in ("step", "exp_avg", "exp_avg_sq"):
-            tensor = state.get(f"{kind}.{name}")
-            shape = torch.Size() if kind == "step" else p.shape
-            if tensor is None or tensor.shape != shape:
-                found = "missing" if tensor is None else f"of shape {list(tensor.shape)}, expected {list(shape)}"
-                raise UserError(f"{folder}/training.safetensors: {kind}.{name} is {found}")
-            # AdamW keeps its step counter on the device only when fused there; the loop wants it on the CPU
-            where = device if kind != "step" or optimizer.defaults["fused"] else torch.device("cpu")
-            optimizer.state[p][kind] = tensor.to(where)
-    if (states := state.get(f"random.{rank}")) is not None:  # more ranks than before start their own
-        set_rng_states(states, device)
+    random = {name: state.pop(name) for name in [n for n in state if n.startswith("random.")]}
+    expected = {f"{kind}.{n}": (p, kind) for n, p in model.named_parameters() for kind in ("step", "exp_avg", "exp_avg_sq")}
+    if strange := sorted(expected.keys() ^ state.keys()):
+        raise UserError(f"{where}: {strange[0]} {'is missing' if strange[0] in expected else 'does not belong to this model'}")
+    for name, (p, kind) in expected.items():
+        tensor, shape = state[name], torch.Size() if kind == "step" else p.shape
+        if tensor.shape != shape or tensor.dtype != torch.float32:
+            raise UserError(f"{where}: {name} is {tensor.dtype} of shape {list(tensor.shape)}, expected float32 {list(shape)}")
+        # AdamW keeps its step counter on the device only when fused; the loop wants it on the CPU
+        on_device = kind != "step" or optimizer.defaults["fused"]
+        optimizer.state[p][kind] = tensor.to(device) if on_device else tensor
+    if (states := random.get(f"random.{rank}")) is not None:  # more ranks than before start their own
+        try:
+            set_rng_states(states, device)
+        except (RuntimeError, TypeError) as e:
+            raise UserError(f"{where}: random.{rank} is no random state ({e})") from None
     return json.loads((folder / "training.json").read_text(encoding="utf-8"))
 
 
@@ -225,7 +249,7 @@ def load_model(where: str, say: Callable[[str], None] = print) -> tuple[GPT, Tok
             path = newest(path, say)
         model = pretrained.empty_model(read_config(path, GPTConfig))
         load_weights(path, model)
-        return model, tokenizer_from_json((path / "tokenizer.json").read_text(encoding="utf-8"))
+        return model, read_tokenizer(path)
     if re.fullmatch(r"gpt2(-medium|-large|-xl)?|[\w.-]+/[\w.-]+", where) and not where.startswith(("out/", "./")):
         return pretrained.load_hub(where), GPT2Tokenizer()
     raise UserError(

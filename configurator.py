@@ -121,6 +121,12 @@ class Config(GPTConfig):
         check_at_least(
             self, 0, "max_steps", "warmup_steps", "learning_rate", "min_lr", "weight_decay", "grad_clip", "seed", "processes"
         )
+        if self.seed >= 2**63:
+            raise UserError(f"seed={self.seed} must be below 2**63")
+        if self.schedule != "constant" and self.min_lr > self.learning_rate:
+            raise UserError(
+                f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}: type --min_lr={self.learning_rate / 10:g}"
+            )
         for name in ("beta1", "beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UserError(f"{name}={getattr(self, name)} must lie in [0, 1)")
@@ -260,12 +266,12 @@ def load_file(path: str) -> Config:
     try:
         found = runpy.run_path(path).get("config")
     except UserError as e:
-        raise UserError(f"{path}: {e}") from None
+        raise UserError(f"{path}, line {_line_in(path, e)}: {e}") from None
     except Exception as e:
         line = e.lineno if isinstance(e, SyntaxError) else _line_in(path, e)
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(e))
         hint = f": {near_name(unknown[1], [f.name for f in fields(Config)])}" if unknown else ""
-        what = f"{unknown[1]} is not a setting" if unknown else f"{type(e).__name__}: {e}"
+        what = f"{unknown[1]} is not a setting" if unknown else f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
         raise UserError(f"{path}, line {line}: {what}{hint}") from None
     if not isinstance(found, Config):
         raise UserError(f"{path} must end with `config = Config(...)`, but its config is {type(found).__name__}")
@@ -331,6 +337,12 @@ def entry(main: Callable[[list[str]], None]) -> None:
         main(sys.argv[1:])
     except UserError as e:
         print(f"{who}error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as e:  # torch.OutOfMemoryError on a GPU; a plain RuntimeError from the CPU's allocator
+        if not re.search("out of memory|can't allocate memory|not enough memory", str(e)):
+            raise
+        said = str(e).partition("\n")[0]
+        print(f"{who}error: out of memory ({said}): type a smaller --batch_size or a smaller model", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{who}stopped", file=sys.stderr)

@@ -16,6 +16,7 @@ A batch is a pure function of (seed, step, rank, world size): there is no iterat
 import functools
 import hashlib
 import json
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from model import UserError
 from tokenizer import Tokenizer, from_json, write_atomically
 
 MAGIC, VERSION, HEADER_BYTES = b"NLADDER\n", 1, 256
+AGAIN = "prepare the data again (python prepare_data.py … --force)"
 HEADER = struct.Struct("<8sIIIQ32s")
 MANIFEST = "manifest.json"
 
@@ -52,36 +54,46 @@ def write_dataset(folder: Path, splits: dict[str, np.ndarray], tokenizer: Tokeni
     write_atomically(folder / MANIFEST, json.dumps(manifest | {"splits": entries}, indent=1).encode())
 
 
-def read_shard(path: Path, tokenizer_name: str) -> np.ndarray:
+def check_ids(tokens: np.ndarray, vocab_size: int, where: str, first: int = 0) -> None:
+    """UserError with its place if a token is outside the vocabulary: on a GPU it would end in a device assertion."""
+    if len(tokens) and int(tokens.max()) >= vocab_size:
+        at = int(np.argmax(tokens >= vocab_size))
+        raise UserError(
+            f"{where} is damaged: token {first + at} is {int(tokens[at])}, the vocabulary has {vocab_size}: {AGAIN}"
+        )
+
+
+def read_shard(path: Path, tokenizer: Tokenizer) -> np.ndarray:
     """The tokens of a shard as a read-only memory map; UserError says what is wrong with the file."""
-    again = "prepare the data again (python prepare_data.py)"
     try:
         size = path.stat().st_size
         with open(path, "rb") as f:
             head = f.read(HEADER_BYTES)
     except OSError as e:
-        raise UserError(f"{path}: {e.strerror}: {again}") from None
+        raise UserError(f"{path}: {e.strerror}: {AGAIN}") from None
     if head[:8] != MAGIC:
-        raise UserError(f"{path} is not a token shard of this program (it begins with {head[:8]!r}): {again}")
+        raise UserError(f"{path} is not a token shard of this program (it begins with {head[:8]!r}): {AGAIN}")
     if size < HEADER_BYTES:
-        raise UserError(f"{path} is cut off inside its header: {again}")
+        raise UserError(f"{path} is cut off inside its header: {AGAIN}")
     _, version, width, vocab_size, count, name = HEADER.unpack_from(head)
     name = name.rstrip(b"\0").decode("ascii", errors="replace")
     if version != VERSION:
-        raise UserError(f"{path} has format version {version}, this program reads {VERSION}: {again}")
+        raise UserError(f"{path} has format version {version}, this program reads {VERSION}: {AGAIN}")
     if width not in (2, 4):
-        raise UserError(f"{path} says {width} bytes per token, allowed are 2 and 4: {again}")
+        raise UserError(f"{path} says {width} bytes per token, allowed are 2 and 4: {AGAIN}")
     if size != HEADER_BYTES + width * count:
         expected = HEADER_BYTES + width * count
-        raise UserError(f"{path} is damaged: {count} tokens should take {expected} bytes, not {size}: {again}")
-    if name != tokenizer_name:
-        raise UserError(f"{path} was made with the tokenizer {name}, its data set says {tokenizer_name}: {again}")
+        raise UserError(f"{path} is damaged: {count} tokens should take {expected} bytes, not {size}: {AGAIN}")
+    if (name, vocab_size) != (tokenizer.name, tokenizer.vocab_size):
+        raise UserError(
+            f"{path} was made with the tokenizer {name} (vocabulary {vocab_size}), its data set says {tokenizer.name} "
+            f"(vocabulary {tokenizer.vocab_size}): {AGAIN}"
+        )
     if count == 0:
         return np.empty(0, dtype=f"<u{width}")
     tokens = np.memmap(path, dtype=f"<u{width}", mode="r", offset=HEADER_BYTES, shape=(count,))
-    if count <= 2**24 and int(tokens.max()) >= vocab_size:  # small enough to look through at every start
-        at = int(np.argmax(tokens >= vocab_size))
-        raise UserError(f"{path} is damaged: token {at} is {int(tokens[at])}, the vocabulary has {vocab_size}: {again}")
+    if count <= 2**24:  # small enough to look through at every start; TokenStream.read looks at every token again
+        check_ids(tokens, vocab_size, str(path))
     return tokens
 
 
@@ -95,7 +107,7 @@ class Dataset:
     sha256: str  # of the manifest, which holds every shard's: two data sets with equal sha256 are equal
 
     def split(self, name: str) -> "TokenStream":
-        return TokenStream(self.splits[name])
+        return TokenStream(self.splits[name], self.tokenizer.vocab_size)
 
 
 def open_dataset(folder: Path) -> Dataset:
@@ -110,23 +122,26 @@ def open_dataset(folder: Path) -> Dataset:
         raw = (folder / MANIFEST).read_bytes()
         manifest = json.loads(raw)
         tokenizer = from_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        version = manifest["version"]
         files = {split: [str(e["file"]) for e in entries] for split, entries in manifest["splits"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as e:
-        raise UserError(f"{folder} is damaged ({type(e).__name__}: {e}): prepare the data again") from None
+        raise UserError(f"{folder} is damaged ({type(e).__name__}: {e}): {AGAIN}") from None
     for split in ("train", "val"):
         if split not in files:
-            raise UserError(f"{folder} has no {split} split: prepare the data again")
-    if bad := next((f for names in files.values() for f in names if Path(f).name != f), None):
-        raise UserError(f"{folder}/{MANIFEST} names a file outside its folder ({bad}): prepare the data again")
-    splits = {split: [read_shard(folder / f, tokenizer.name) for f in names] for split, names in files.items()}
+            raise UserError(f"{folder} has no {split} split: {AGAIN}")
+    if bad := next((f for names in files.values() for f in names if not re.fullmatch(r"[\w.-]+\.bin", f, re.ASCII)), None):
+        raise UserError(f"{folder}/{MANIFEST} names {bad!r}, which is no shard of its folder: {AGAIN}")
+    if version != VERSION:
+        raise UserError(f"{folder}/{MANIFEST} has version {version!r}, this program reads {VERSION}: {AGAIN}")
+    splits = {split: [read_shard(folder / f, tokenizer) for f in names] for split, names in files.items()}
     return Dataset(folder, tokenizer, splits, hashlib.sha256(raw).hexdigest())
 
 
 class TokenStream:
     """The shards of a split as one long sequence of tokens."""
 
-    def __init__(self, shards: list[np.ndarray]):
-        self.shards = shards
+    def __init__(self, shards: list[np.ndarray], vocab_size: int = 2**32):
+        self.shards, self.vocab_size = shards, vocab_size
         self.ends = np.cumsum([len(s) for s in shards])
 
     def __len__(self) -> int:
@@ -138,6 +153,7 @@ class TokenStream:
         while count > 0:
             offset = start - (int(self.ends[shard]) - len(self.shards[shard]))
             part = self.shards[shard][offset : offset + count]
+            check_ids(part, self.vocab_size, str(getattr(self.shards[shard], "filename", "the data")), offset)
             parts.append(part.astype(np.int64))
             start, count, shard = start + len(part), count - len(part), shard + 1
         return np.concatenate(parts)

@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -62,7 +63,9 @@ def why_no_compile(device: torch.device) -> str | None:
         return None if find_spec("triton") else "the package triton is not installed"
     if device.type == "mps":
         return "torch.compile on mps is still a prototype"
-    if not any(shutil.which(c) for c in ([os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++"])):
+    if not any(
+        shutil.which(c) for c in (shlex.split(os.environ["CXX"])[:1] if "CXX" in os.environ else ["g++", "clang++", "c++"])
+    ):
         return "there is no C++ compiler (Debian: apt install g++)"
     if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
         return "Python.h is missing (Debian: apt install python3-dev)"

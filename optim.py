@@ -9,12 +9,12 @@ from configurator import Config
 
 
 def learning_rate(cfg: Config, step: int) -> float:
-    """The learning rate of step 0, 1, … max_steps - 1: linear warm-up, then the schedule down to min_lr at the end."""
+    """The learning rate of step 0, 1, … max_steps - 1: linear warm-up, then the schedule down to min_lr in the last."""
     if step < cfg.warmup_steps:
         return cfg.learning_rate * (step + 1) / cfg.warmup_steps  # the first step already moves
     if cfg.schedule == "constant":
         return cfg.learning_rate
-    left = 1.0 - min(1.0, (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps))
+    left = 1.0 - min(1.0, (step - cfg.warmup_steps) / max(1, cfg.max_steps - 1 - cfg.warmup_steps))
     share = left if cfg.schedule == "linear" else 0.5 * (1.0 - math.cos(math.pi * left))
     return cfg.min_lr + share * (cfg.learning_rate - cfg.min_lr)
 

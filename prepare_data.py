@@ -8,6 +8,7 @@ The first 90% of the characters train, the rest validates. Texts are UTF-8, what
 """
 
 import glob
+import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,8 +121,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"name={name!r} must be a plain name, not a path")
     folder = Path(cfg.data_dir) / name
     if not cfg.force and (folder / data.MANIFEST).is_file():
-        there = data.open_dataset(folder)
         if named:
+            there = data.open_dataset(folder)
             counts = ", ".join(f"{len(there.split(s)):,} {s} tokens" for s in there.splits)
             print(f"{folder} is there already ({counts}); --force makes it again")
             return
@@ -138,12 +139,19 @@ def main(argv: list[str]) -> None:
     existing = next(p for p in [folder.resolve(), *folder.resolve().parents] if p.exists())
     if shutil.disk_usage(existing).free < needed:
         raise UserError(f"{existing} has less than the {needed >> 20} MiB free that this data set needs")
-    data.write_dataset(folder, splits, tokenizer, named or ", ".join(sources))
+    if short := [s for s, ids in splits.items() if not len(ids)]:
+        raise UserError(f"the text is too short: its {short[0]} split is empty")
+    try:
+        data.write_dataset(folder, splits, tokenizer, named or ", ".join(sources))
+    except OSError as e:
+        raise UserError(f"cannot write {folder}: {e.strerror}; type --data_dir=another/folder") from None
     for split_name, ids in splits.items():
         print(f"{folder}/{split_name}_000000.bin: {len(ids):,} tokens of {tokenizer.vocab_size:,}")
     base = "config/shakespeare_char_cpu.py" if kind == "char" else "config/shakespeare.py"
-    settings = "" if named else f" --dataset={name}" + (f" --vocab_size={tokenizer.vocab_size}" if kind == "char" else "")
-    settings += f" --data_dir={cfg.data_dir}" if cfg.data_dir != Preparation.data_dir else ""
+    settings = (
+        "" if named else f" --dataset={shlex.quote(name)}" + (f" --vocab_size={tokenizer.vocab_size}" if kind == "char" else "")
+    )
+    settings += f" --data_dir={shlex.quote(cfg.data_dir)}" if cfg.data_dir != Preparation.data_dir else ""
     print(f"next: torchrun train.py {base}{settings}")
 
 

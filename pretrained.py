@@ -111,8 +111,11 @@ def checked_load(model: GPT, state: dict[str, Tensor], where: str) -> None:
             raise UserError(f"{where}: {name} has shape {list(state[name].shape)}, expected {list(expected[name].shape)}")
         if not state[name].is_floating_point():
             raise UserError(f"{where}: {name} is {state[name].dtype}, expected floating point")
-    model.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
-    model.tie_weights()  # assign made two parameters of one
+    if model.lm_head.weight.is_meta:
+        model.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
+        model.tie_weights()  # assigning made two parameters of one
+    else:
+        model.load_state_dict(state)  # into the parameters that an optimizer may hold
 
 
 def empty_model(cfg: GPTConfig) -> GPT:
@@ -166,7 +169,10 @@ def load_hub(name: str) -> GPT:
         folder = snapshot_download(repo, allow_patterns=["config.json", "model*.safetensors"], etag_timeout=10)
     except Exception as e:  # it raises a dozen kinds, most of them "no network"
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise UserError(f"cannot fetch {repo} from the hub ({reason[:150]}); a local folder with its files works too") from None
+        local = f"there is no folder {name}, and " if "/" in name else ""
+        raise UserError(
+            f"{local}the hub does not give {repo} ({reason[:150]}); a local folder with its files works too"
+        ) from None
     return load_hf_dir(Path(folder))
 
 

@@ -17,6 +17,7 @@ import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -77,6 +78,12 @@ class Run:
             self.pending = {following: self.reader.submit(self.read, *following)}
         return batch
 
+    def close(self) -> None:
+        """Let go of the threads and processes behind a run."""
+        self.reader.shutdown(cancel_futures=True)
+        self.pending = {}
+        parallel.stop()
+
 
 class TrainingStopped(UserError):
     """Training cannot go on from here; the parameters are those before the step."""
@@ -87,6 +94,7 @@ class TrainingStopped(UserError):
 
 def compile_model(model: GPT, cfg: Config) -> nn.Module:
     """The model under torch.compile. With scope "block" its blocks share one graph and the head has another."""
+    torch._dynamo.utils.counters.clear()  # effective() reads what this run, not the process, has compiled
     if not cfg.compile:
         return model
     if cfg.compile_scope == "model":
@@ -283,10 +291,8 @@ class Log:
         self.file = open(out_dir / "log.jsonl", "a", encoding="utf-8") if run.world.first else None
         self.wandb = None
         if run.world.first and run.cfg.wandb != "off":
-            try:
-                import wandb
-            except ImportError:
-                raise UserError("wandb is not installed: type pip install wandb, or --wandb=off") from None
+            import wandb
+
             mode, name = run.cfg.wandb, out_dir.name
             self.wandb = wandb.init(
                 project=run.cfg.wandb_project,
@@ -299,7 +305,10 @@ class Log:
 
     def write(self, record: dict) -> None:
         if self.file:
-            self.file.write(json.dumps(record) + "\n")
+            finite = {
+                k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()
+            }  # NaN is no JSON
+            self.file.write(json.dumps(finite) + "\n")
             self.file.flush()
         if self.wandb and "step" in record:
             self.wandb.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
@@ -350,7 +359,8 @@ def resume(run: Run, out: Path) -> int:
     training = checkpoint.load_training(folder, run.model, run.optimizer, run.world.rank, run.device)
     if training["data_sha256"] != run.dataset.sha256:
         raise UserError(f"{run.dataset.folder} has changed since {folder} was saved: prepare the same data again")
-    run.scaler.load_state_dict(training["scaler"])
+    if training["scaler"]:  # empty unless the run was in float16
+        run.scaler.load_state_dict(training["scaler"])
     return training["step"]
 
 
@@ -359,9 +369,11 @@ def train(cfg: Config) -> None:
     run, said = build(cfg)
     cfg, world, first = run.cfg, run.world, run.world.first
     say = print if first else lambda *_: None
-    out = prepare_out_dir(cfg, world)
+    if cfg.wandb != "off" and find_spec("wandb") is None:
+        raise UserError("wandb is not installed: type pip install wandb, or --wandb=off")
+    start_step = resume(run, Path(cfg.out_dir)) if cfg.resume else 0
+    out = prepare_out_dir(cfg, world)  # once nothing speaks against the run any more
     parallel.wait_for_all()
-    start_step = resume(run, out) if cfg.resume else 0
     log = Log(run, out, resumed=cfg.resume)
     say(f"config of {out}:\n{configurator.describe(cfg)}")
     for line in said:
@@ -440,7 +452,7 @@ def train(cfg: Config) -> None:
             say(f"stopped by a signal after step {done}: type --resume to go on")
             break
     log.close()
-    parallel.stop()
+    run.close()
     if stopping:
         sys.exit(128 + stopping[0])
 

@@ -57,7 +57,14 @@ def other_value(field: dataclasses.Field):
         return field.default is not True
     if choices:
         return next(c for c in choices if c != field.default)
-    by_hand = {"n_head": 6, "n_embd": 1536, "block_size": 2048, "sequence_length": 512, "tokens_per_step": 2**20}
+    by_hand = {
+        "n_head": 6,
+        "n_embd": 1536,
+        "block_size": 2048,
+        "sequence_length": 512,
+        "tokens_per_step": 2**20,
+        "min_lr": 1e-5,
+    }
     values = {int: field.default + 1 if isinstance(field.default, int) else 0, float: 0.25, str: "some text"}
     return by_hand.get(field.name, values[field.type])
 

@@ -306,7 +306,7 @@ def test_hub_names_lead_to_folders_and_failures_to_one_line(monkeypatch, folder,
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert pretrained.load_hub(name).cfg.n_layer == 1
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    with pytest.raises(UserError, match=f"cannot fetch {repo} from the hub .no network") as refusal:
+    with pytest.raises(UserError, match=f"the hub does not give {repo} .no network") as refusal:
         pretrained.load_hub(name)
     assert "\n" not in str(refusal.value)
 
