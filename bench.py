@@ -2,6 +2,9 @@
 
     python bench.py ladder             every rung of config/ladder/, each against the one before it and against the first
     python bench.py ablate             the top rung with one setting put back at a time
+    python bench.py verify             every setting against float64, on the same weights and batch
+    python bench.py why [config.py]    where a step's time goes, beside its floor, and what to try next
+    python bench.py compare A.json B.json --max_regression=3%
     python bench.py ab A.py B.py       two configs, paired and interleaved: tokens/s and loss with confidence intervals
     python bench.py sampling           tokens/s with and without the KV cache
     python bench.py stages             what each stage of config/stages/ reaches
@@ -34,6 +37,7 @@ import machine
 import report
 from configurator import Config
 from model import UserError
+from tokenizer import write_atomically
 
 LADDER = "config/ladder/r[0-9][0-9]*.py"  # r01_x.py; r01b_y.py is its twin, beside the chain
 
@@ -64,6 +68,8 @@ class Sizes:
     """folder for the results"""
     seeds: int = 5
     """ab: seeds per config"""
+    max_regression: str = ""
+    """compare: how much slower B may be than A, e.g. 3%; more ends with exit status 1"""
 
     def __post_init__(self):
         configurator.check_types(vars(self), Sizes)
@@ -123,14 +129,10 @@ def time_steps(
 
 
 def measure(cfg: Config, steps: int, min_timed: int) -> dict:
-    """Build a run, time its steps, read back what was on. A plain dict; "error" in it if it could not be had."""
-    import parallel
+    """Build a run, time its steps, read back what was on. A plain dict, with an "error" if that is not what was asked."""
     import train
 
-    try:
-        run, _ = train.build(cfg)
-    except UserError as e:
-        return {"error": str(e)}
+    run, _ = train.build(cfg)
     losses: list[float] = []
 
     def one_step(step: int) -> None:
@@ -156,7 +158,7 @@ def measure(cfg: Config, steps: int, min_timed: int) -> dict:
         "machine": machine.describe(run.device),
         "peak_flops": machine.peak_flops(run.device),
     }
-    parallel.stop()
+    run.close()
     return result | ({"error": "; ".join(wrong)} if wrong else {})
 
 
@@ -187,23 +189,36 @@ def ceilings(cfg: Config) -> dict:
 
 def worker(job_path: str, result_path: str) -> None:
     """A fresh process's whole life: do one job, leave its result as JSON (from the first process, if there are several)."""
+    import verify
+    import why
+
     job = json.loads(Path(job_path).read_text(encoding="utf-8"))
     cfg = Config(**job["config"])
-    result = ceilings(cfg) if job["what"] == "ceilings" else measure(cfg, job["steps"], job["min_timed"])
+    try:
+        if job["what"] == "ceilings":
+            result = ceilings(cfg)
+        elif job["what"] == "why":
+            result = why.why(cfg, job["ceilings"], Path(job["trace"]))
+        elif job["what"] == "verify":
+            result = verify.verify(cfg.data_dir, machine.pick_device(cfg.device), job["small"])
+        else:
+            result = measure(cfg, job["steps"], job["min_timed"])
+    except UserError as e:
+        result = {"error": str(e)}
     if int(os.environ.get("RANK", 0)) == 0:
         Path(result_path).write_text(json.dumps(result), encoding="utf-8")
 
 
-def in_fresh_process(cfg: Config, what: str = "measure", steps: int = 1, min_timed: int = 1) -> dict:
+def in_fresh_process(cfg: Config, what: str = "measure", **job: Any) -> dict:
     """Do a job in a process of its own (in cfg.processes of them, under torchrun). A crash comes back as its "error"."""
     with tempfile.TemporaryDirectory() as folder:
-        job, result = Path(folder, "job.json"), Path(folder, "result.json")
-        job.write_text(json.dumps({"what": what, "config": asdict(cfg), "steps": steps, "min_timed": min_timed}))
+        task, result = Path(folder, "job.json"), Path(folder, "result.json")
+        task.write_text(json.dumps({"what": what, "config": asdict(cfg)} | job), encoding="utf-8")
         start = [sys.executable]
-        if cfg.processes > 1:
+        if cfg.processes > 1 and what != "ceilings":
             start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={cfg.processes}"]
         done = subprocess.run(
-            [*start, __file__, "worker", job, result], capture_output=True, encoding="utf-8", errors="replace"
+            [*start, __file__, "worker", task, result], capture_output=True, encoding="utf-8", errors="replace"
         )
         if result.is_file():
             return json.loads(result.read_text(encoding="utf-8"))
@@ -281,7 +296,7 @@ def climb(rungs: list[Rung], sizes: Sizes, device: torch.device) -> tuple[list[R
         reason = cannot_be_had(cfg, device)
         if not reason and field == "fp32_precision":
             # whether this device really rounds shows only when it multiplies: one step of one layer
-            reason = in_fresh_process(replace(cfg, n_layer=1)).get("error")
+            reason = in_fresh_process(replace(cfg, n_layer=1), steps=1, min_timed=1).get("error")
         if reason:
             skipped[rung.name] = reason
         if not twin:
@@ -329,12 +344,14 @@ def with_smaller_batches(sizes: Sizes, attempt: Callable[[Sizes], dict]) -> dict
 
 
 def ladder(sizes: Sizes, device: torch.device) -> dict:
+    """Every rung that this machine can have."""
     rungs, skipped = climb(load_ladder(), sizes, device)
     results = run_rounds(rungs, skipped, sizes, min_timed=2)
     return record("ladder", sizes, rungs, skipped, results)
 
 
 def ablate(sizes: Sizes, device: torch.device) -> dict:
+    """The top rung, and it with one setting put back at a time."""
     climbed, skipped = climb(load_ladder(), sizes, device)
     chain = {r.name: r for r in climbed if r.name not in skipped}
     top = climbed[-1] if climbed[-1].name in chain else list(chain.values())[-1]
@@ -515,9 +532,67 @@ def shakespeare(sizes: Sizes, device: torch.device) -> dict:
     }
 
 
+# ---- proof and explanation --------------------------------------------------------------------------------------------
+
+
+def verify(sizes: Sizes, device: torch.device) -> dict:
+    """Every toggle against float64; the small model with --quick."""
+    cfg = replace(load_ladder()[0].cfg, device=device.type, data_dir=sizes.data_dir)
+    result = in_fresh_process(cfg, "verify", small=sizes.quick)
+    if "error" in result:
+        raise UserError(result["error"])
+    return header("verify", sizes) | result
+
+
+def why(paths: list[str], sizes: Sizes, device: torch.device) -> dict:
+    """One profiled step of a config (the top rung without one) at these sizes, beside its floor."""
+    if len(paths) > 1:
+        raise UserError(f"{paths[1]!r} is one argument too many: type python bench.py why [config.py]")
+    if paths:
+        loaded = configurator.load_file(paths[0])
+        name, cfg = paths[0], sizes.apply(loaded, loaded.batch_size)
+    else:
+        climbed, skipped = climb(load_ladder(), sizes, device)
+        name, cfg = next((r.name, r.cfg) for r in reversed(climbed) if r.name not in skipped and r.cfg.processes <= 1)
+    trace = Path("out", f"why_{Path(name).stem}.trace.json").resolve()
+    trace.parent.mkdir(parents=True, exist_ok=True)
+    rates = in_fresh_process(cfg, "ceilings")
+    result = in_fresh_process(cfg, "why", ceilings=rates, trace=str(trace))
+    if error := rates.get("error") or result.get("error"):
+        raise UserError(f"{name}: {error}")
+    print(f"wrote {trace} (open it in chrome://tracing or ui.perfetto.dev)")
+    return header("why", sizes) | {"config": name, "requested": asdict(cfg), "ceilings": rates} | result
+
+
+def compare(paths: list[str], asked: Sizes) -> None:
+    """Two result files; exit status 1 if B is slower than A by more than --max_regression."""
+    if len(paths) != 2:
+        raise UserError("compare takes two result files: type python bench.py compare A.json B.json")
+    try:
+        limit = float(asked.max_regression.removesuffix("%")) / 100 if asked.max_regression else None
+    except ValueError:
+        raise UserError(f"max_regression={asked.max_regression!r} is no percentage: type --max_regression=3%") from None
+    try:
+        a, b = (json.loads(Path(p).read_text(encoding="utf-8")) for p in paths)
+    except (OSError, ValueError) as e:
+        raise UserError(f"cannot read a result: {e}") from None
+    text, failed = report.compare(a, b, limit)
+    print(text)
+    if failed:
+        sys.exit(1)
+
+
 # ---- the command line -------------------------------------------------------------------------------------------------
 
-COMMANDS = {"ladder": ladder, "ablate": ablate, "ab": ab, "sampling": sampling, "stages": stages, "shakespeare": shakespeare}
+MEASURES = {
+    "ladder": ladder,
+    "ablate": ablate,
+    "verify": verify,
+    "sampling": sampling,
+    "stages": stages,
+    "shakespeare": shakespeare,
+}
+COMMANDS = [*MEASURES, "why", "ab", "compare"]
 
 
 def results_dir(sizes: Sizes, device: torch.device) -> Path:
@@ -531,25 +606,30 @@ def main(argv: list[str]) -> None:
         return worker(*argv[1:])
     words, flags = configurator.split_positional(Sizes(), argv)
     asked = configurator.parse(Sizes(), flags, __doc__)
-    if not words or words[0] not in COMMANDS:
-        given = f"{words[0]} is no command: " if words else ""
-        raise UserError(f"{given}type python bench.py {' | '.join(COMMANDS)}")
-    command, places = words[0], words[1:]
-    if places and command != "ab":
+    command, places = (words[0], words[1:]) if words else ("", [])
+    if command not in COMMANDS:
+        raise UserError(f"{command!r} is no command: type python bench.py {' | '.join(COMMANDS)}")
+    if command == "compare":
+        return compare(places, asked)
+    if places and command in MEASURES:
         raise UserError(f"{places[0]!r} is one argument too many: bench.py {command} takes settings only, as --name=value")
     device = machine.pick_device(asked.device)
     sizes = asked.by_device(device)
     if command == "ab":
         result = ab(places, asked, device)
+    elif command == "why":
+        result = why(places, sizes, device)
     elif command in ("ladder", "ablate"):
-        result = with_smaller_batches(sizes, lambda s: COMMANDS[command](s, device))
+        result = with_smaller_batches(sizes, lambda s: MEASURES[command](s, device))
     else:
-        result = COMMANDS[command](sizes, device)
+        result = MEASURES[command](sizes, device)
     path = results_dir(sizes, device) / f"{command}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
     print(report.as_text(result))
     print(f"wrote {path}; python report.py puts it into the README")
+    if result.get("passed") is False:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
