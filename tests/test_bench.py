@@ -171,12 +171,25 @@ def test_measure_reports_the_losses_of_training(cfg):
     json.dumps(found)
 
 
-def test_what_cannot_be_built_or_is_not_what_was_asked_is_an_error_in_a_dict(cfg, monkeypatch):
-    assert "prepare_data.py" in bench.measure(replace(cfg, dataset="missing"), 1, 1)["error"]
+def test_what_is_not_what_was_asked_is_an_error_in_a_dict(cfg, monkeypatch):
     monkeypatch.setattr(train, "mismatches", lambda run, on: ["compile=True was asked for", "so was dtype"])
     found = bench.measure(cfg, 1, 1)
     assert found["error"] == "compile=True was asked for; so was dtype"
     assert found["step_s"]  # what was measured stays visible
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_what_cannot_be_built_is_a_workers_result(cfg, tmp_path, monkeypatch, rank):
+    """An answer like any other, from the first process alone."""
+    monkeypatch.setenv("RANK", rank)
+    job, result_path = tmp_path / "job.json", tmp_path / "result.json"
+    what = {"what": "measure", "config": asdict(replace(cfg, dataset="missing")), "steps": 1, "min_timed": 1}
+    job.write_text(json.dumps(what))
+    bench.worker(str(job), str(result_path))
+    if rank == "0":
+        assert "prepare_data.py" in json.loads(result_path.read_text())["error"]
+    else:
+        assert not result_path.exists()
 
 
 @pytest.mark.parametrize(
@@ -412,7 +425,7 @@ def test_a_twin_never_becomes_part_of_the_chain(rungs, impossible, monkeypatch):
     impossible(plain=rungs[0].cfg)
     for refused in ("tf32", "nothing"):
         answer = {refused: {"error": "no"}}
-        monkeypatch.setattr(bench, "in_fresh_process", lambda cfg, answer=answer: answer.get(cfg.fp32_precision, {}))
+        monkeypatch.setattr(bench, "in_fresh_process", lambda cfg, answer=answer, **_: answer.get(cfg.fp32_precision, {}))
         climbed, skipped = bench.climb(rungs, sizes(), CPU)
         for twin in twins:
             ((field, (_, value)),) = twin.changes.items()
@@ -837,7 +850,7 @@ def test_the_table_has_a_row_per_rung_and_names_the_skipped(real):
     ("argv", "word"),
     [
         ([], "type python bench.py"),
-        (["leader"], "leader is no command"),
+        (["leader"], "is no command"),
         (["ladder", "config/shakespeare.py"], "one argument too many"),
         (["sampling", "again"], "one argument too many"),
         (["ab", "config/shakespeare.py"], "ab A.py B.py"),
@@ -873,7 +886,7 @@ def one_line_with(word, argv, cwd, monkeypatch, capsys) -> None:
 def test_results_that_cannot_be_written_are_one_line(tmp_path, root, monkeypatch, capsys):
     """Best before hours of measuring; never a traceback."""
     (tmp_path / "file").write_text("")
-    monkeypatch.setitem(bench.COMMANDS, "sampling", lambda sizes, device: {"kind": "sampling"})
+    monkeypatch.setitem(bench.MEASURES, "sampling", lambda sizes, device: {"kind": "sampling"})
     argv = ["sampling", "--device=cpu", f"--out={tmp_path}/file"]
     one_line_with(str(tmp_path / "file"), argv, root, monkeypatch, capsys)
 
