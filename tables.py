@@ -1,0 +1,439 @@
+"""Raw measurements (results/<hardware>/*.json) -> numbers and tables, for a terminal, for Markdown and for page.py's HTML.
+
+A kind of result is one function here: result -> a list of blocks, each a Table, a paragraph (str) or a Quote. Every number that
+is printed is computed here, from raw step times and losses. Never imports torch.
+"""
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; the first column is text and stands left, the others stand right unless they are named in `left`."""
+
+    head: list[str]
+    rows: list[list[str]]
+    left: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True)
+class Quote:
+    """Text that is shown as it is, line by line."""
+
+    text: str
+
+
+Block = Table | str | Quote
+
+
+def load(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+# ---- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """(first quartile, median, third quartile), linear between neighbours."""
+    if len(values) < 2:
+        return (values[0],) * 3
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def per_round(entry: dict) -> list[float]:
+    """Median step time of each round, in seconds."""
+    return [statistics.median(times) for times in entry["step_s"]]
+
+
+def ratio(slow: dict, fast: dict) -> tuple[float, float, float]:
+    """(median, least, most) of slow / fast over the rounds, in which the two ran side by side."""
+    ratios = [a / b for a, b in zip(per_round(slow), per_round(fast), strict=False)]
+    return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def all_steps(entry: dict) -> list[float]:
+    return [t for times in entry["step_s"] for t in times]
+
+
+def tokens_per_s(result: dict, entry: dict) -> float:
+    """From the median of all steps of all rounds."""
+    return result["sizes"]["tokens_per_step"] / statistics.median(all_steps(entry))
+
+
+def loss_differences(entry: dict, base: dict) -> list[float]:
+    """Loss minus the first row's, step by step, of the steps that both took."""
+    return [a - b for a, b in zip(entry["losses"], base["losses"], strict=False)]
+
+
+def flops_per_token(cfg: dict) -> float:
+    """PaLM's count for a resolved config, as model.GPTConfig.flops_per_token (a test compares the two)."""
+    rows = math.ceil(cfg["vocab_size"] / cfg["vocab_multiple"]) * cfg["vocab_multiple"]
+    T = cfg["sequence_length"] or cfg["block_size"]
+    return 6 * (12 * cfg["n_layer"] * cfg["n_embd"] ** 2 + rows * cfg["n_embd"]) + 12 * cfg["n_layer"] * cfg["n_embd"] * T
+
+
+# Student's t, two-sided 95%, by degrees of freedom (any statistics table); beyond 30 the normal's 1.96 is near enough.
+T_95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
+T_95 += [2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]
+
+
+def student(freedom: float) -> float:
+    """The table's value; degrees of freedom are rounded down, which errs towards the wider interval."""
+    return T_95[max(1, int(freedom)) - 1] if freedom < 31 else 1.96
+
+
+def interval(values: list[float]) -> tuple[float, float, float]:
+    """(mean, low, high) of the 95% confidence interval of the mean; infinitely wide for one value."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, -math.inf, math.inf
+    half = student(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
+
+
+def difference(a: list[float], b: list[float]) -> tuple[float, float, float]:
+    """(mean b - mean a, low, high): Welch's 95% confidence interval, which lets the two spread differently."""
+    middle = statistics.fmean(b) - statistics.fmean(a)
+    if min(len(a), len(b)) < 2:
+        return middle, -math.inf, math.inf
+    errors = [statistics.variance(v) / len(v) for v in (a, b)]
+    if not sum(errors):
+        return middle, middle, middle
+    freedom = sum(errors) ** 2 / sum(e**2 / (len(v) - 1) for e, v in zip(errors, (a, b), strict=True))
+    half = student(freedom) * math.sqrt(sum(errors))
+    return middle, middle - half, middle + half
+
+
+def ms(seconds: float) -> str:
+    """Three digits at least: a GPU's step is short."""
+    return f"{1e3 * seconds:,.0f}" if seconds >= 0.1 else f"{1e3 * seconds:.1f}" if seconds >= 0.01 else f"{1e3 * seconds:.2f}"
+
+
+def ms_iqr(entry: dict) -> str:
+    low, middle, high = quartiles(all_steps(entry))
+    return f"{ms(middle)} [{ms(low)}, {ms(high)}]"
+
+
+# ---- the kinds --------------------------------------------------------------------------------------------------------
+
+
+def machine_line(result: dict) -> str:
+    """Where and when something was measured."""
+    m = result["machine"]
+    commit = f"{m['commit']}{' + changes' if m['dirty'] else ''}" if m["commit"] else "no commit"
+    return f"{m['hardware']}, torch {m['torch']}, {result['date'][:10]}, commit {commit}"
+
+
+def label(entry: dict, kind: str) -> str:
+    """What a row changes: "compile False → True"."""
+    change = ", ".join(f"{k} {a} → {b}" for k, (a, b) in entry["changes"].items())
+    return change or ("fp32, plain" if kind == "ladder" else "top rung")
+
+
+def measured(result: dict) -> list[dict]:
+    """The rows that were not skipped."""
+    return [e for e in result["rungs"] if "skipped" not in e]
+
+
+def before(result: dict, entry: dict) -> dict:
+    """The row that a row is compared with: the one it changes, or if that was skipped, the one below it, and so on."""
+    by_name = {e["name"]: e for e in result["rungs"]}
+    versus = by_name[entry["versus"]]
+    while "skipped" in versus:
+        if versus["versus"] == versus["name"]:  # even the first rung failed
+            return measured(result)[0]
+        versus = by_name[versus["versus"]]
+    return versus
+
+
+def steps_table(result: dict) -> list[Block]:
+    """A ladder or an ablation; what was skipped stands below the table with its reason."""
+    ceilings, sizes, is_ladder = result["ceilings"], result["sizes"], result["kind"] == "ladder"
+    base, peak = next(iter(measured(result)), None), ceilings["peak_flops"]
+    rows, notes = [], []
+    for entry in result["rungs"]:
+        name = label(entry, result["kind"])
+        if "skipped" in entry:
+            rows.append([name, "skipped", *["–"] * 8])
+            notes.append(f"{name}: skipped, {entry['skipped'].rstrip('.')}.")
+            continue
+        gain, least, most = ratio(before(result, entry), entry) if is_ladder else ratio(entry, before(result, entry))
+        flops = tokens_per_s(result, entry) * flops_per_token(entry["requested"])
+        gemm = ceilings[f"gemm_{'float32' if entry['requested']['dtype'] == 'float32' else 'bfloat16'}_flops"]
+        first = entry is base
+        rows.append(
+            [
+                name,
+                ms_iqr(entry),
+                f"{tokens_per_s(result, entry):,.0f}",
+                "–" if first else f"{gain:.2f}× [{least:.2f}, {most:.2f}]",
+                f"{ratio(base, entry)[0]:.2f}×",
+                "–" if first else f"{1 - 1 / gain:.0%}" if is_ladder else f"{gain - 1:+.0%}",
+                f"{entry['memory_gib']:.1f}",
+                f"{flops / peak:.1%}" if peak else "n/a",
+                f"{flops / gemm:.0%}",
+                "–" if first else f"{max(map(abs, loss_differences(entry, base))):.1e}",
+            ]
+        )
+    if is_ladder:
+        head = ["one setting more", "ms/step [IQR]", "tok/s", "× previous [min, max]", "× first", "time saved"]
+    else:
+        head = ["one setting back", "ms/step [IQR]", "tok/s", "× slower [min, max]", "× top", "time added"]
+    steps = len(base["losses"]) if base else 0
+    notes.append(
+        f"{machine_line(result)}. B={sizes['batch_size']}, T={sizes['sequence_length']}, {sizes['tokens_per_step']} tokens per "
+        f"step; {sizes['rounds']} interleaved round(s); |Δ loss| against the first row over {steps} steps. "
+        f"MFU: share of the data-sheet bf16 peak (n/a: not known). Of GEMM: share of what a large matmul in that precision "
+        f"reached here: fp32 {ceilings['gemm_float32_flops'] / 1e12:.3g}, bf16 {ceilings['gemm_bfloat16_flops'] / 1e12:.3g} "
+        f"TFLOP/s; a copy: {ceilings['copy_bytes_per_s'] / 1e9:.3g} GB/s."
+    )
+    return [Table([*head, "GiB", "MFU", "of GEMM", "max |Δ loss|"], rows), *notes]
+
+
+def rung_table(result: dict, words: list[str]) -> list[Block]:
+    """One rung of a ladder beside the one before it, for its page. words: its name."""
+    (name,) = words
+    found = [e for e in result["rungs"] if e["name"] == name]
+    if not found:
+        raise ValueError(f"there is no rung {name} in it, only {', '.join(e['name'] for e in result['rungs'])}")
+    entry = found[0]
+    if "skipped" in entry:
+        return [f"Not to be had here: {entry['skipped'].rstrip('.')}. {machine_line(result)}."]
+    base = measured(result)[0]
+    versus = before(result, entry)
+    both = [entry] if entry is base else [versus, entry]
+    rows = [
+        ["ms/step [IQR]", *map(ms_iqr, both)],
+        ["tok/s", *(f"{tokens_per_s(result, e):,.0f}" for e in both)],
+        ["peak memory, GiB", *(f"{e['memory_gib']:.1f}" for e in both)],
+        ["first step, s", *(f"{statistics.median(e['first_step_s']):.1f}" for e in both)],
+    ]
+    if entry is base:
+        return [Table(["measured here", name], rows), f"{machine_line(result)}."]
+    saved = statistics.median(all_steps(versus)) - statistics.median(all_steps(entry))
+    gain, least, most = ratio(versus, entry)
+    worst = max(map(abs, loss_differences(entry, base)))
+    return [
+        Table(["measured here", versus["name"], name], rows),
+        f"**{gain:.2f}×** as fast [{least:.2f}, {most:.2f}] as the rung before: {1e3 * saved:+,.0f} ms saved per step. "
+        f"Largest difference of a loss from rung 0's over {len(base['losses'])} steps: {worst:.1e}. {machine_line(result)}.",
+    ]
+
+
+def ab_table(result: dict) -> list[Block]:
+    """Two configs: step time of each, and their ratio and loss difference with 95% confidence intervals over the seeds."""
+    a, b = result["sides"]
+    rows = []
+    for side in (a, b):
+        tokens = side["requested"]["tokens_per_step"] / statistics.median(all_steps(side))
+        last = statistics.fmean(losses[-1] for losses in side["losses"])
+        rows.append([side["config"], ms_iqr(side), f"{tokens:,.0f}", f"{last:.4f}"])
+    logs = [math.log(x / y) for x, y in zip(per_round(a), per_round(b), strict=True)]
+    speed = [math.exp(v) for v in interval(logs)]
+    loss = interval([y[-1] - x[-1] for x, y in zip(a["losses"], b["losses"], strict=True)])
+    faster = "not distinguishable" if speed[1] <= 1 <= speed[2] else "B is faster" if speed[1] > 1 else "A is faster"
+    lower = "not distinguishable" if loss[1] <= 0 <= loss[2] else f"{'A' if loss[1] > 0 else 'B'}'s is lower"
+    return [
+        Table(["config", "ms/step [IQR]", "tok/s", f"loss at step {len(a['losses'][0])}"], rows),
+        f"B is {speed[0]:.2f}× as fast as A, 95% CI [{speed[1]:.2f}, {speed[2]:.2f}], {len(logs)} pairs: {faster}. "
+        f"Loss of B minus A {loss[0]:+.4f}, 95% CI [{loss[1]:+.4f}, {loss[2]:+.4f}]: {lower}. {machine_line(result)}.",
+    ]
+
+
+def sampling_table(result: dict) -> list[Block]:
+    speeds = result["tokens_per_s"]
+    rows = [[how, f"{statistics.median(v):.1f}", f"[{min(v):.1f}, {max(v):.1f}]"] for how, v in speeds.items()]
+    gains = [c / u for c, u in zip(speeds["cached"], speeds["uncached"], strict=True)]
+    same = "the same tokens" if result["same_tokens"] else "DIFFERENT TOKENS"
+    layers = result["sizes"]["n_layer"]
+    return [
+        Table([f"{'124M' if layers == 12 else f'{layers} layers'}, one sequence, float32", "tok/s", "[min, max]"], rows),
+        f"The cache is {statistics.median(gains):.1f}× as fast [{min(gains):.1f}, {max(gains):.1f}], with {same}: "
+        f"{result['new_tokens']} tokens after {result['prompt_tokens']}. {machine_line(result)}.",
+    ]
+
+
+def stages_table(result: dict) -> list[Block]:
+    rows = [
+        [
+            re.sub(r"^Stage (\d): ", r"\1. ", e["title"]),
+            f"{e['parameters'] / 1e6:.2f}M",
+            f"{e['losses'][0]:.2f}",
+            f"{e['losses'][-1]:.4f}" if e["losses"][-1] < 0.1 else f"{e['losses'][-1]:.2f}",
+            f"{e['seconds']:.0f} s",
+        ]
+        for e in result["stages"]
+    ]
+    std = result["residual_std"]
+    return [
+        Table(
+            ["stage", "parameters", "loss at step 1", f"loss at step {len(result['stages'][0]['losses'])}", "training time"],
+            rows,
+        ),
+        f"ln 50257 = {result['ln_vocab_size']:.3f}. Residual stream at init, standard deviation behind the last of "
+        f"{len(std['scaled']) - 1} blocks: {std['scaled'][-1]:.3f} with scaled residual projections, {std['unscaled'][-1]:.3f} "
+        f"without. {machine_line(result)}.",
+    ]
+
+
+def shakespeare_table(result: dict) -> list[Block]:
+    cfg, seconds = result["requested"], result["seconds"]
+    rows = [
+        ["parameters", f"{result['parameters'] / 1e6:.2f}M"],
+        ["steps × tokens", f"{len(result['losses'])} × {cfg['tokens_per_step']}"],
+        ["validation loss", f"{result['val_loss']:.2f}"],
+        ["training, start to checkpoint", f"{seconds['train']:.0f} s"],
+        ["of it the first step, which compiles", f"{result['first_step_s']:.0f} s"],
+        ["ms/step [IQR]", ms_iqr(result)],
+        ["sampling 200 tokens", f"{seconds['sample']:.0f} s"],
+        ["start to text", f"{seconds['train'] + seconds['sample']:.0f} s"],
+    ]
+    lines = result["sample"].strip().splitlines()[:16]
+    return [Table(["make train", ""], rows), f"{machine_line(result)}. It wrote:", Quote("\n".join(lines))]
+
+
+def verify_table(result: dict, words: list[str] | None = None) -> list[Block]:
+    """Each toggle's errors against its reference. words: only the checks that name one of them, for a rung's page."""
+    chosen = [r for r in result["rows"] if not words or any(w in r["check"] for w in words)]
+    if not chosen:
+        raise ValueError(f"no check in it names {' or '.join(words)}")
+    kinds = list(dict.fromkeys(kind for r in result["rows"] for kind in r["errors"]))
+
+    def number(e: float | None) -> str:
+        return "not finite" if e is None else f"{e:.1e}"
+
+    rows = [
+        [r["check"], r["against"], number(r["tolerance"])]
+        + [number(r["errors"][kind]) if kind in r["errors"] else "" for kind in kinds]
+        + [r["status"]]
+        for r in chosen
+    ]
+    how = "Each number is the largest ‖found − expected‖ / ‖expected‖ over the tensors of its kind, after one real train_step."
+    failed = [r["check"] for r in chosen if r["status"].startswith("FAILED")]
+    skipped = sum(r["status"].startswith("skipped") for r in chosen)
+    sum_up = f"{len(failed)} FAILED: {'; '.join(failed)}" if failed else f"{len(chosen) - skipped} of {len(chosen)} passed"
+    sum_up += f", {skipped} skipped" if skipped else ""
+    head = ["check", "against", "tolerance", *kinds, "status"]
+    return [Table(head, rows, left=(0, 1, len(head) - 1)), f"{how} {sum_up}. {machine_line(result)}."]
+
+
+def why_table(result: dict) -> list[Block]:
+    """Where a step goes: each part beside the least it can take here, and what to try next."""
+    whole = {"part": "step", "ms": result["step_ms"], "share": 1.0, "floor_ms": result["floor_ms"]}
+    whole |= {key: sum(s[key] for s in result["shares"]) for key in ("flops", "bytes")}
+    rows = [
+        [
+            s["part"],
+            f"{s['ms']:,.1f}",
+            f"{s['share']:.1%}",
+            f"{s['floor_ms']:,.1f}",
+            f"{s['ms'] / s['floor_ms']:.1f}×" if s["floor_ms"] else "",
+            f"{s['flops'] / 1e9:,.1f}" if s["flops"] else "",
+            f"{s['bytes'] / 1e6:,.0f}" if s["bytes"] else "",
+        ]
+        for s in [*result["shares"], whole]
+    ]
+    return [
+        Table(["part", "ms", "share", "floor ms", "× floor", "GFLOP", "MB"], rows),
+        "Floor: operations over the matmul rate measured here, or bytes over the measured copy rate, whichever takes longer. "
+        f"{machine_line(result)}.",
+        what_next(result),
+    ]
+
+
+def what_next(result: dict) -> str:
+    """What why.py advises, in one paragraph: the settings that promise at least 1% of the step."""
+    step = result["step_ms"]
+    times = result["profiled_ms"] / step
+    doubt = (
+        "" if 0.8 < times < 1.25 else f" The profiled step took {times:.2f}× an ordinary one: do not trust it, run it again."
+    )
+    advice = [a for a in result["advice"] if a["saves_ms"] >= 0.01 * step]
+    if not advice:
+        widest = max(result["shares"], key=lambda s: s["ms"] - s["floor_ms"])
+        furthest = f"Furthest from its floor: {widest['part']}, {widest['ms'] - widest['floor_ms']:,.1f} ms above it."
+        return f"No setting that is off promises 1% of the step. {furthest}{doubt}"
+    best, *others = advice
+    rest = "; then " + ", ".join(f"{a['setting']} ({a['saves_ms']:,.1f} ms)" for a in others) if others else ""
+    return (
+        f"Worth trying next: {best['setting']}, predicted to save {best['saves_ms']:,.1f} ms ({step:,.1f} → "
+        f"{step - best['saves_ms']:,.1f}): {best['why']}{rest}. Predictions, each "
+        f"for that setting alone: they do not add up.{doubt}"
+    )
+
+
+KINDS: dict[str, Callable[[dict], list[Block]]] = {
+    "ladder": steps_table,
+    "ablate": steps_table,
+    "ab": ab_table,
+    "sampling": sampling_table,
+    "stages": stages_table,
+    "shakespeare": shakespeare_table,
+    "verify": verify_table,
+    "why": why_table,
+}
+# What a block may pick out of a file: `<!-- begin results/x/ladder.json r03_compile -->`
+PARTS = {"ladder": rung_table, "verify": verify_table}
+
+
+def blocks(result: dict, words: list[str] | None = None) -> list[Block]:
+    """A result as tables and paragraphs; of the part of it that words name, if any. ValueError if it has none."""
+    if result.get("kind") not in KINDS:
+        raise ValueError(f"kind {result.get('kind')!r} is none of {', '.join(KINDS)}")
+    if not words:
+        return KINDS[result["kind"]](result)
+    if result["kind"] not in PARTS:
+        raise ValueError(f"only a part of {' or '.join(PARTS)} can be shown, not of {result['kind']}")
+    return PARTS[result["kind"]](result, words)
+
+
+# ---- as text ----------------------------------------------------------------------------------------------------------
+
+
+def plain_table(table: Table) -> str:
+    """For a terminal."""
+    everything = [table.head, *table.rows]
+    widths = [max(len(row[i]) for row in everything) for i in range(len(table.head))]
+    lines = []
+    for row in [table.head, ["-" * w for w in widths], *table.rows]:
+        cells = [c.ljust(w) if i in table.left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def as_text(result: dict) -> str:
+    """A result for a terminal."""
+    how = {Table: plain_table, str: lambda s: s.replace("**", ""), Quote: lambda q: indented(q.text)}
+    return "\n\n".join(how[type(block)](block) for block in blocks(result))
+
+
+def indented(text: str) -> str:
+    return "\n".join("    " + line for line in text.splitlines())
+
+
+def in_markdown(text: str) -> str:
+    """Text of a cell or a paragraph. What came from JSON must not become markup, nor end a generated block or a cell."""
+    return re.sub(r"\s+", " ", text).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+
+
+def markdown_table(table: Table) -> str:
+    rule = ["---" if i in table.left else "---:" for i in range(len(table.head))]
+    rows = [rule if row is rule else [in_markdown(c) for c in row] for row in [table.head, rule, *table.rows]]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def as_markdown(result: dict, words: list[str] | None = None) -> str:
+    """A result, or a part of it, as Markdown."""
+    how = {
+        Table: markdown_table,
+        str: in_markdown,
+        Quote: lambda q: indented(q.text.replace("<!--", "< !--")),  # would end the generated block
+    }
+    return "\n\n".join(how[type(block)](block) for block in blocks(result, words))
