@@ -503,17 +503,21 @@ def table_rows(result: dict) -> tuple[list[str], list[list[str]]]:
 
 
 def next_line(result: dict) -> str:
-    """What to try next, in one sentence."""
+    """What to try next, in a few sentences, and whether the profiled step was one like the others."""
+    times = result["profiled_ms"] / result["step_ms"]
+    doubt = (
+        "" if 0.8 < times < 1.25 else f" The profiled step took {times:.2f} × an ordinary one: do not trust it, run it again."
+    )
     worth = [a for a in result["advice"] if a["saves_ms"] >= 0.01 * result["step_ms"]]
     if not worth:
         widest = next(s for s in result["shares"] if s["part"] == result["widest_gap"])
         over = widest["ms"] - widest["floor_ms"]
         far = f"{widest['part']}, {over:,.1f} ms above it"
-        return f"No setting that is off promises 1% of the step. Furthest from its floor: {far}."
+        return f"No setting that is off promises 1% of the step. Furthest from its floor: {far}.{doubt}"
     best, *others = worth
     to = result["step_ms"] - best["saves_ms"]
     rest = " Behind it: " + ", ".join(f"{a['setting']} ({a['saves_ms']:,.0f} ms)" for a in others) + "." if others else ""
     return (
         f"Worth trying next: {best['setting']}, predicted to save {best['saves_ms']:,.0f} of {result['step_ms']:,.0f} ms "
-        f"(→ {to:,.0f} ms): {best['why']}.{rest} These are predictions, each for that setting alone: they do not add up."
+        f"(→ {to:,.0f} ms): {best['why']}.{rest} These are predictions, each for that setting alone: they do not add up.{doubt}"
     )

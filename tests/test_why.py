@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import machine
-import report
+import tables
 import train
 import why
 from configurator import Config
@@ -48,7 +48,7 @@ def test_result_is_json_and_a_table(plain):
     assert json.loads(json.dumps(plain)) == plain
     head, rows = why.table_rows(plain)
     assert [row[0] for row in rows] == [*why.PARTS, "step"]
-    assert len(report.table(head, rows, markdown=False).splitlines()) == len(rows) + 2
+    assert len(tables.plain_table(tables.Table(head, rows)).splitlines()) == len(rows) + 2
     assert len(plain["top_events"]) == 15
     assert "\n" not in why.next_line(plain)
 
@@ -314,3 +314,5 @@ def test_advice_for_the_plain_run(plain):
     best = plain | {"advice": [{"setting": "compile=True", "saves_ms": plain["step_ms"] / 2, "why": "so"}]}
     assert "compile=True" in why.next_line(best)
     assert "predict" in why.next_line(best)
+    assert "do not trust it" in why.next_line(best | {"profiled_ms": 2 * best["step_ms"]})
+    assert "do not trust it" not in why.next_line(best | {"profiled_ms": best["step_ms"]})
