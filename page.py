@@ -222,7 +222,6 @@ th, td { padding: 0.3rem 0.7rem; text-align: right; vertical-align: top; white-s
 thead th { background: var(--band) }
 tbody th { font-weight: 500 }
 .left { text-align: left }
-td:last-child.left { white-space: normal; min-width: 14rem }
 figure svg { display: block; width: 100%; max-width: 60rem; min-width: 36rem; height: auto }
 pre { padding: 0.75rem; overflow-x: auto; background: var(--band); border: 1px solid var(--line);
   border-radius: 0.4rem; font-size: 0.875rem }

@@ -33,8 +33,14 @@ def documents(root: Path) -> list[Path]:
 
 
 def result_files(root: Path) -> list[Path]:
-    """results/<hardware>/<kind>.json, of the kinds that are known."""
-    return [p for p in sorted((root / "results").glob("*/*.json")) if load(p).get("kind") in tables.KINDS]
+    """results/<hardware>/<kind>.json, of the kinds that are known. ValueError if one is no JSON."""
+    found = []
+    for path in sorted((root / "results").glob("*/*.json")):
+        try:
+            found += [path] * (load(path).get("kind") in tables.KINDS)
+        except ValueError as e:
+            raise ValueError(f"{path.relative_to(root)} is damaged: {e}") from None
+    return found
 
 
 def generated(text: str, name: str, root: Path) -> tuple[str, list[str]]:
@@ -46,7 +52,7 @@ def generated(text: str, name: str, root: Path) -> tuple[str, list[str]]:
         try:
             return f"{match[1]}{tables.as_markdown(load(source), words)}\n{match[5]}"
         except FileNotFoundError:
-            errors.append(f"{name} shows {match[2]}, which is not there: type python bench.py {source.stem}")
+            errors.append(f"{match[2]}, which generated blocks show, is not there: type python bench.py {source.stem}")
         except (ValueError, KeyError, TypeError) as e:  # no JSON, no such part, not the shape of its kind
             errors.append(f"{name} cannot show {match[2]}{match[3]}: {type(e).__name__}: {e}")
         return match[0]
@@ -54,7 +60,7 @@ def generated(text: str, name: str, root: Path) -> tuple[str, list[str]]:
     fresh = BLOCK.sub(block, text)
     if text.count("<!-- begin ") != len(BLOCK.findall(text)):
         errors.append(f"{name} has a <!-- begin … --> that names no .json, or has no <!-- end -->")
-    return fresh, list(dict.fromkeys(errors))  # a missing file once a document
+    return fresh, errors
 
 
 def write(root: Path) -> list[str]:
@@ -221,9 +227,11 @@ def main(argv: list[str], root: Path = Path(__file__).parent) -> None:
             errors = [
                 f"{' '.join(argv)} is no run: type python report.py, python report.py --check, or python report.py out/<run>"
             ]
+    except ValueError as e:
+        errors = [str(e)]
     except ModuleNotFoundError as e:
         errors = [f"drawing needs {e.name}: type pip install {e.name}"]
-    for line in errors:
+    for line in dict.fromkeys(errors):  # a missing file once, however many blocks show it
         print(f"error: {line}", file=sys.stderr)
     if errors:
         sys.exit(1 if argv in ([], ["--check"]) else 2)

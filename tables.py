@@ -222,7 +222,7 @@ def rung_table(result: dict, words: list[str]) -> list[Block]:
     worst = max(map(abs, loss_differences(entry, base)))
     return [
         Table(["measured here", versus["name"], name], rows),
-        f"**{gain:.2f}×** as fast [{least:.2f}, {most:.2f}] as the rung before: {1e3 * saved:+,.0f} ms saved per step. "
+        f"**{gain:.2f}×** as fast [{least:.2f}, {most:.2f}] as {versus['name']}: {1e3 * abs(saved):,.0f} ms {'less' if saved > 0 else 'more'} per step. "
         f"Largest difference of a loss from rung 0's over {len(base['losses'])} steps: {worst:.1e}. {machine_line(result)}.",
     ]
 
@@ -310,18 +310,16 @@ def verify_table(result: dict, words: list[str] | None = None) -> list[Block]:
         return "not finite" if e is None else f"{e:.1e}"
 
     rows = [
-        [r["check"], r["against"], number(r["tolerance"])]
+        [r["check"], r["against"], r["status"].split(":")[0], number(r["tolerance"])]
         + [number(r["errors"][kind]) if kind in r["errors"] else "" for kind in kinds]
-        + [r["status"]]
         for r in chosen
     ]
+    notes = [f"{r['check']}: {r['status'].rstrip('.')}." for r in chosen if r["status"] != "passed"]
+    failed, skipped = (sum(r["status"].startswith(how) for r in chosen) for how in ("FAILED", "skipped"))
+    counts = f"{len(chosen) - failed - skipped} passed, {failed} FAILED, {skipped} skipped."
     how = "Each number is the largest ‖found − expected‖ / ‖expected‖ over the tensors of its kind, after one real train_step."
-    failed = [r["check"] for r in chosen if r["status"].startswith("FAILED")]
-    skipped = sum(r["status"].startswith("skipped") for r in chosen)
-    sum_up = f"{len(failed)} FAILED: {'; '.join(failed)}" if failed else f"{len(chosen) - skipped} of {len(chosen)} passed"
-    sum_up += f", {skipped} skipped" if skipped else ""
-    head = ["check", "against", "tolerance", *kinds, "status"]
-    return [Table(head, rows, left=(0, 1, len(head) - 1)), f"{how} {sum_up}. {machine_line(result)}."]
+    table = Table(["check", "against", "status", "tolerance", *kinds], rows, left=(0, 1, 2))
+    return [table, *notes, f"{how} {counts} {machine_line(result)}."]
 
 
 def why_table(result: dict) -> list[Block]:

@@ -184,9 +184,10 @@ def test_why_sums_to_its_step_and_advises_what_is_worth_it():
 
 def test_verify_says_what_failed():
     text = tables.as_text(verify("FAILED: loss"))
-    assert "1 FAILED: alone: compile=True, 1 skipped" in text
+    assert "0 passed, 1 FAILED, 1 skipped" in text
+    assert "alone: compile=True: FAILED: loss." in text
     assert "not finite" in text
-    assert "1 of 2 passed, 1 skipped" in tables.as_text(verify())
+    assert "1 passed, 0 FAILED, 1 skipped" in tables.as_text(verify())
 
 
 @pytest.mark.parametrize("result", ALL, ids=lambda r: r["kind"])
@@ -294,6 +295,36 @@ def test_block_that_cannot_be_made_is_an_error_and_stays(house, text, said):
     assert found[0] == text
     assert len(found[1]) == 1
     assert said in found[1][0]
+
+
+def test_damaged_result_is_one_line(house, capsys):
+    path = house / "results" / "a-machine" / "why.json"
+    path.write_text(path.read_text(encoding="utf-8")[:100], encoding="utf-8")
+    with pytest.raises(SystemExit):
+        report.main(["--check"], house)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "results/a-machine/why.json is damaged" in said
+
+
+def test_every_rung_has_a_page_that_is_about_it(root):
+    index = (root / "docs" / "ladder" / "README.md").read_text(encoding="utf-8")
+    rungs = sorted(p.stem for p in (root / "config" / "ladder").glob("r*.py"))
+    assert rungs == sorted(p.stem for p in (root / "docs" / "ladder").glob("r*.md"))
+    for name in rungs:
+        text = (root / "docs" / "ladder" / f"{name}.md").read_text(encoding="utf-8")
+        assert f"]({name}.md)" in index
+        assert [m[3].split() for m in report.BLOCK.finditer(text) if m[2].endswith("/ladder.json")] == [[name]]
+        assert sum(m[2].endswith("/verify.json") for m in report.BLOCK.finditer(text)) == 1
+        assert text.count("\n## ") == 5
+        for link in re.findall(r"\]\((?!http)([^)]+)\)", text):
+            assert (root / "docs" / "ladder" / link).resolve().exists(), link
+
+
+def test_this_repository_is_in_step(root):
+    if not (root / "results").is_dir():
+        pytest.skip("nothing was measured yet")
+    assert report.check(root) == []
 
 
 # ---- escaping ---------------------------------------------------------------------------------------------------------
