@@ -220,10 +220,11 @@ def rung_table(result: dict, words: list[str]) -> list[Block]:
     saved = statistics.median(all_steps(versus)) - statistics.median(all_steps(entry))
     gain, least, most = ratio(versus, entry)
     worst = max(map(abs, loss_differences(entry, base)))
+    change = f"{1e3 * abs(saved):,.0f} ms {'less' if saved > 0 else 'more'} per step"
     return [
         Table(["measured here", versus["name"], name], rows),
-        f"**{gain:.2f}×** as fast [{least:.2f}, {most:.2f}] as {versus['name']}: {1e3 * abs(saved):,.0f} ms {'less' if saved > 0 else 'more'} per step. "
-        f"Largest difference of a loss from rung 0's over {len(base['losses'])} steps: {worst:.1e}. {machine_line(result)}.",
+        f"**{gain:.2f}×** as fast [{least:.2f}, {most:.2f}] as {versus['name']}: {change}. Largest difference of a loss from "
+        f"rung 0's over {len(base['losses'])} steps: {worst:.1e}. {machine_line(result)}.",
     ]
 
 
