@@ -24,7 +24,8 @@ __all__ = ["as_text", "check", "compare", "load", "main", "write"]
 
 # ---- generated blocks -------------------------------------------------------------------------------------------------
 
-BLOCK = re.compile(r"(<!-- begin (\S+?\.json)((?: +\S+)*?) +-->\n)(.*?)(<!-- end -->)", re.DOTALL)
+# Its text never reaches over the begin of the next: a forgotten end must not swallow what follows
+BLOCK = re.compile(r"(<!-- begin (\S+?\.json)((?: +\S+)*?) +-->\n)((?:(?!<!-- begin ).)*?)(<!-- end -->)", re.DOTALL)
 
 
 def documents(root: Path) -> list[Path]:
@@ -78,9 +79,8 @@ def write(root: Path) -> list[str]:
         return errors
     docs.mkdir(exist_ok=True)
     for plot, source, draw, _ in page.plots(sources, docs):
-        if not page.is_in_step(plot, source):
-            plot.write_text(page.svg_text(draw(load(source)), source), encoding="utf-8")
-            print(f"wrote {plot.relative_to(root)}")
+        plot.write_text(page.svg_text(draw(load(source)), source), encoding="utf-8")
+        print(f"wrote {plot.relative_to(root)}")
     (docs / "index.html").write_text(page.page(sources, docs), encoding="utf-8")
     print(f"wrote {(docs / 'index.html').relative_to(root)}")
     return errors

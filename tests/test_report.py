@@ -327,6 +327,14 @@ def test_this_repository_is_in_step(root):
     assert report.check(root) == []
 
 
+def test_forgotten_end_does_not_swallow_what_follows(house):
+    text = f"<!-- begin results/a-machine/ladder.json -->\nkeep this\n{block('why.json')}"
+    fresh, errors = report.generated(text, "README.md", house)
+    assert "keep this\n<!-- begin results/a-machine/why.json -->" in fresh
+    assert "GEMM" in fresh
+    assert len(errors) == 1
+
+
 # ---- escaping ---------------------------------------------------------------------------------------------------------
 
 
