@@ -401,7 +401,7 @@ def ab(paths: list[str], sizes: Sizes, device: torch.device) -> dict:
     """Two config files as they are (sizes only where given), seed by seed, in alternating order."""
     if len(paths) != 2:
         raise UserError("ab compares two config files: type python bench.py ab A.py B.py")
-    given = {k: v for k in ("batch_size", "sequence_length", "tokens_per_step") if (v := getattr(sizes, k))}
+    given: dict[str, Any] = {k: v for k in ("batch_size", "sequence_length", "tokens_per_step") if (v := getattr(sizes, k))}
     if "sequence_length" in given and "batch_size" in given:
         given.setdefault("tokens_per_step", given["sequence_length"] * given["batch_size"])
     pair = [(p, replace(configurator.load_file(p), device=sizes.device, data_dir=sizes.data_dir, **given)) for p in paths]

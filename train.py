@@ -149,7 +149,7 @@ def train_step(run: Run, step: int) -> tuple[float, float]:
     The loss is the mean over the step's tokens, in nats, before the update. Raises TrainingStopped, with the parameters
     untouched, if either number is not finite.
     """
-    cfg, model = run.cfg, run.model
+    cfg = run.cfg
     total = torch.zeros((), device=run.device)
     for micro in range(run.accumulation):
         x, y = run.next_batch(step, micro)
@@ -162,10 +162,8 @@ def train_step(run: Run, step: int) -> tuple[float, float]:
     mean_loss = (parallel.sum_over_ranks(total) / run.world.size).item()
 
     run.scaler.unscale_(run.optimizer)
-    if cfg.grad_clip:
-        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item()
-    else:
-        norm = nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
+    gradient_norm = optim.gradient_norm(run.model)
+    norm = gradient_norm.item()
     # fp16 overflows now and then by design: there the scaler leaves the step out and scales less
     bad = "loss" if not math.isfinite(mean_loss) else "gradient norm" if not math.isfinite(norm) else None
     if bad == "loss" or (bad and not run.scaler.is_enabled()):
@@ -174,6 +172,8 @@ def train_step(run: Run, step: int) -> tuple[float, float]:
             f"step {step + 1}: the {bad} is not finite (loss {mean_loss}, gradient norm {norm}); the parameters are those "
             f"before the step. Try a lower --learning_rate, a longer --warmup_steps, or --dtype=float32"
         )
+    if cfg.grad_clip and norm > cfg.grad_clip:
+        nn.utils.clip_grads_with_norm_(run.model.parameters(), cfg.grad_clip, gradient_norm)
     for group in run.optimizer.param_groups:
         group["lr"] = optim.learning_rate(cfg, step)
     run.scaler.step(run.optimizer)
