@@ -393,7 +393,8 @@ def named_scopes(run: train.Run):
     """Name, for the profiler, what train_step calls but torch does not name: data, clipping, sums over processes."""
     places = [
         (run, "next_batch", DATA),
-        (nn.utils, "clip_grad_norm_", OPTIMIZER),
+        (optim, "gradient_norm", OPTIMIZER),
+        (nn.utils, "clip_grads_with_norm_", OPTIMIZER),
         (nn.utils, "get_total_norm", OPTIMIZER),
         (parallel, "sum_over_ranks", COMMUNICATION),
     ]
@@ -462,14 +463,12 @@ def why(cfg: Config, ceilings: dict, trace_path: Path, warmup: int = 3, timed: i
         {"part": p, "ms": ms[p], "share": ms[p] / step_ms, "floor_ms": 1e3 * f.seconds, "flops": f.flops, "bytes": f.bytes}
         for p, f in least.items()
     ]
-    widest = max(shares, key=lambda s: s["ms"] - s["floor_ms"])
     result = {
         "step_ms": step_ms,
         "profiled_ms": total_us / 1e3,
         "floor_ms": sum(s["floor_ms"] for s in shares),
         "shares": shares,
         "advice": advise(run, ms, ceilings, kernel_ms),
-        "widest_gap": widest["part"],
         "page_faults": faults,
         "kernel_ms": kernel_ms,
         "top_events": [[name, us / total_us * step_ms, part] for name, us, part in top[:15]],
@@ -477,47 +476,3 @@ def why(cfg: Config, ceilings: dict, trace_path: Path, warmup: int = 3, timed: i
     }
     parallel.stop()
     return result
-
-
-# ---- as text ------------------------------------------------------------------------------------------------------------
-
-
-def table_rows(result: dict) -> tuple[list[str], list[list[str]]]:
-    """(head, rows) for report.table(): each part, and the step."""
-    head = ["part", "ms", "share", "floor ms", "× floor", "GFLOP", "MB"]
-    whole = {"part": "step", "ms": result["step_ms"], "share": 1.0, "floor_ms": result["floor_ms"]}
-    whole |= {key: sum(s[key] for s in result["shares"]) for key in ("flops", "bytes")}
-    rows = [
-        [
-            s["part"],
-            f"{s['ms']:,.1f}",
-            f"{s['share']:.1%}",
-            f"{s['floor_ms']:,.1f}",
-            f"{s['ms'] / s['floor_ms']:.1f}×" if s["floor_ms"] else "",
-            f"{s['flops'] / 1e9:,.1f}" if s["flops"] else "",
-            f"{s['bytes'] / 1e6:,.0f}" if s["bytes"] else "",
-        ]
-        for s in [*result["shares"], whole]
-    ]
-    return head, rows
-
-
-def next_line(result: dict) -> str:
-    """What to try next, in a few sentences, and whether the profiled step was one like the others."""
-    times = result["profiled_ms"] / result["step_ms"]
-    doubt = (
-        "" if 0.8 < times < 1.25 else f" The profiled step took {times:.2f} × an ordinary one: do not trust it, run it again."
-    )
-    worth = [a for a in result["advice"] if a["saves_ms"] >= 0.01 * result["step_ms"]]
-    if not worth:
-        widest = next(s for s in result["shares"] if s["part"] == result["widest_gap"])
-        over = widest["ms"] - widest["floor_ms"]
-        far = f"{widest['part']}, {over:,.1f} ms above it"
-        return f"No setting that is off promises 1% of the step. Furthest from its floor: {far}.{doubt}"
-    best, *others = worth
-    to = result["step_ms"] - best["saves_ms"]
-    rest = " Behind it: " + ", ".join(f"{a['setting']} ({a['saves_ms']:,.0f} ms)" for a in others) + "." if others else ""
-    return (
-        f"Worth trying next: {best['setting']}, predicted to save {best['saves_ms']:,.0f} of {result['step_ms']:,.0f} ms "
-        f"(→ {to:,.0f} ms): {best['why']}.{rest} These are predictions, each for that setting alone: they do not add up.{doubt}"
-    )
