@@ -22,6 +22,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 import machine
+import optim
 import parallel
 import train
 from configurator import Config
@@ -455,6 +456,8 @@ def why(cfg: Config, ceilings: dict, trace_path: Path, warmup: int = 3, timed: i
                     one_step()
                 profiler.step()
 
+    if wrong := train.mismatches(run, train.effective(run)):
+        raise UserError("; ".join(wrong))  # a table of something else than what was asked for
     trace = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
     total_us, parts_us, top = attribute(trace, run.cfg, on_gpu)
     ms = {part: us / total_us * step_ms for part, us in parts_us.items()}
