@@ -396,7 +396,6 @@ def named_scopes(run: train.Run):
         (run, "next_batch", DATA),
         (optim, "gradient_norm", OPTIMIZER),
         (nn.utils, "clip_grads_with_norm_", OPTIMIZER),
-        (nn.utils, "get_total_norm", OPTIMIZER),
         (parallel, "sum_over_ranks", COMMUNICATION),
     ]
     before = [getattr(owner, name) for owner, name, _ in places]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import machine
+import optim
 import tables
 import train
 import why
@@ -76,7 +77,7 @@ def test_profiled_events_cover_the_wall_time(tiny_run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("where", ["data wait", "optimizer"])
 def test_sleep_is_found_where_it_is(where, tiny_run, tmp_path, monkeypatch):
-    owner, name = {"data wait": (train.Run, "read"), "optimizer": (torch.nn.utils, "clip_grad_norm_")}[where]
+    owner, name = {"data wait": (train.Run, "read"), "optimizer": (optim, "gradient_norm")}[where]
     function = getattr(owner, name)
 
     def slow(*args):
