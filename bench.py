@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
@@ -46,8 +46,8 @@ LADDER = "config/ladder/r[0-9][0-9]*.py"  # r01_x.py; r01b_y.py is its twin, bes
 class Sizes:
     """What to measure on; every command takes these."""
 
-    device: str = "auto"
-    """auto, cuda, mps or cpu"""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """where to measure"""
     batch_size: int = 0
     """micro-batch of the first rung; 0: 16 on a GPU, 4 on a CPU"""
     sequence_length: int = 0
@@ -80,7 +80,7 @@ class Sizes:
         """The same with every 0 filled in."""
         gpu = device.type == "cuda"
         B = self.batch_size or (16 if gpu else 4)
-        T = self.sequence_length or (1024 if gpu else 64 if self.quick else 256)
+        T = self.sequence_length or (1024 if gpu else 256) // (4 if self.quick else 1)
         few = dict(rounds=1, steps=min(self.steps, 4)) if self.quick else {}
         tokens = self.tokens_per_step or B * T * (4 if gpu else 1)
         return replace(self, batch_size=B, sequence_length=T, tokens_per_step=tokens, **few)
@@ -144,8 +144,10 @@ def measure(cfg: Config, steps: int, min_timed: int) -> dict:
         seconds, warmup = time_steps(one_step, steps, min_timed)
         memory = machine.memory_gib(run.device)
         on = train.effective(run)
-    except torch.OutOfMemoryError as e:
-        return {"error": f"out of memory: {e}", "out_of_memory": True}
+    except RuntimeError as e:
+        if not configurator.is_out_of_memory(e):
+            raise
+        return {"error": f"out of memory: {str(e).splitlines()[0]}", "out_of_memory": True}
     wrong = train.mismatches(run, on)
     result = {
         "requested": asdict(run.cfg),
@@ -222,9 +224,14 @@ def in_fresh_process(cfg: Config, what: str = "measure", **job: Any) -> dict:
         )
         if result.is_file():
             return json.loads(result.read_text(encoding="utf-8"))
-        tail = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        # torchrun's own last words are a frame of "=": what a process said stands before, how it ended inside
+        lines = [line for line in done.stderr.splitlines() if re.search(r"[A-Za-z]", line)] or ["no message"]
+        errors = [line for line in lines if re.search(r"(Error|Exception): ", line) and "ChildFailedError" not in line]
+        said = (errors or lines)[-1]
+        inner = re.findall(r"exitcode *: (-?\d+)", done.stderr)
+        code = int(inner[0]) if inner else done.returncode
         # the kernel's answer to a process that outgrows memory is SIGKILL
-        return {"error": f"process ended with {done.returncode}: {tail}", "out_of_memory": done.returncode in (-9, 137)}
+        return {"error": f"process ended with {code}: {said.strip()}", "out_of_memory": code in (-9, 137)}
 
 
 # ---- ladder and ablation ----------------------------------------------------------------------------------------------
@@ -240,6 +247,11 @@ class Rung:
     versus: str  # the rung it changes one setting of; its own name in the first
     changes: dict[str, tuple[Any, Any]]  # that setting, {field: (there, here)}
 
+    @property
+    def twin(self) -> bool:
+        """r01b_… stands beside r01_…: another device's form of it, on which no later rung builds."""
+        return re.match(r"r\d\d[a-z]", self.name) is not None
+
 
 def title_of(path: str) -> str:
     """The first line of a config file's docstring."""
@@ -251,14 +263,15 @@ def load_ladder() -> list[Rung]:
     rungs: list[Rung] = []
     parent = None  # the chain's last rung
     for path in sorted(glob.glob(LADDER)):
-        name, cfg = Path(path).stem, configurator.load_file(path)
-        twin = name[3] != "_"
-        below = next(r for r in rungs if r.name == rungs[-1].versus) if twin else parent
-        changes = configurator.diff(below.cfg, cfg) if below else {}
+        rung = Rung(Path(path).stem, title_of(path), configurator.load_file(path), "", {})
+        below = next(r for r in rungs if r.name == rungs[-1].versus) if rung.twin else parent
+        changes = configurator.diff(below.cfg, rung.cfg) if below else {}
         if below and len(changes) != 1:
             raise UserError(f"{path} must change exactly one setting of {below.name}, not {', '.join(changes) or 'none'}")
-        rungs.append(Rung(name, title_of(path), cfg, below.name if below else name, changes))
-        parent = parent if twin else rungs[-1]
+        rungs.append(replace(rung, versus=below.name if below else rung.name, changes=changes))
+        parent = parent if rung.twin else rungs[-1]
+    if not rungs:
+        raise UserError(f"there is no {LADDER} here: type cd {Path(__file__).parent} first")
     return rungs
 
 
@@ -288,8 +301,7 @@ def climb(rungs: list[Rung], sizes: Sizes, device: torch.device) -> tuple[list[R
         ((field, (_, value)),) = rung.changes.items()
         if field == "batch_size":
             value = max(1, value * sizes.batch_size // base)
-        twin = rung.versus == rungs[len(climbed) - 1].versus
-        below = before if twin else standing
+        below = before if rung.twin else standing
         cfg = replace(below.cfg, **{field: value})
         here = Rung(rung.name, rung.title, cfg, below.name, configurator.diff(below.cfg, cfg))
         climbed.append(here)
@@ -299,7 +311,7 @@ def climb(rungs: list[Rung], sizes: Sizes, device: torch.device) -> tuple[list[R
             reason = in_fresh_process(replace(cfg, n_layer=1), steps=1, min_timed=1).get("error")
         if reason:
             skipped[rung.name] = reason
-        if not twin:
+        if not rung.twin:
             before = standing
             standing = standing if reason else here
     return climbed, skipped
@@ -381,6 +393,7 @@ def record(kind: str, sizes: Sizes, rungs: list[Rung], skipped: dict[str, str], 
             entry
             | {key: rounds[0][key] for key in ("requested", "effective", "losses")}
             | {"memory_gib": max(r["memory_gib"] for r in rounds), "first_step_s": [r["first_step_s"] for r in rounds]}
+            | {"warmup_s": [r["step_s"][: r["warmup"]] for r in rounds]}
             | {"step_s": [r["step_s"][r["warmup"] :] for r in rounds]}
         )
     return header(kind, sizes) | {"ceilings": in_fresh_process(rungs[0].cfg, "ceilings"), "rungs": entries}
@@ -404,7 +417,9 @@ def ab(paths: list[str], sizes: Sizes, device: torch.device) -> dict:
     given: dict[str, Any] = {k: v for k in ("batch_size", "sequence_length", "tokens_per_step") if (v := getattr(sizes, k))}
     if "sequence_length" in given and "batch_size" in given:
         given.setdefault("tokens_per_step", given["sequence_length"] * given["batch_size"])
-    pair = [(p, replace(configurator.load_file(p), device=sizes.device, data_dir=sizes.data_dir, **given)) for p in paths]
+    if sizes.device != "auto":
+        given["device"] = sizes.device
+    pair = [(p, replace(configurator.load_file(p), data_dir=sizes.data_dir, **given)) for p in paths]
     runs: list[list[dict]] = [[], []]
     with tqdm(total=2 * sizes.seeds, disable=None, unit="run") as bar:
         for seed in range(sizes.seeds):
@@ -615,6 +630,11 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{places[0]!r} is one argument too many: bench.py {command} takes settings only, as --name=value")
     device = machine.pick_device(asked.device)
     sizes = asked.by_device(device)
+    path = results_dir(sizes, device) / f"{command}.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # known before anything is measured
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror}; type --out=another/folder") from None
     if command == "ab":
         result = ab(places, asked, device)
     elif command == "why":
@@ -623,8 +643,6 @@ def main(argv: list[str]) -> None:
         result = with_smaller_batches(sizes, lambda s: MEASURES[command](s, device))
     else:
         result = MEASURES[command](sizes, device)
-    path = results_dir(sizes, device) / f"{command}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
     print(report.as_text(result))
     print(f"wrote {path}; python report.py puts it into the README")

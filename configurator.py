@@ -328,6 +328,11 @@ def from_json(text: str, cls: type[T]) -> T:
     return cls(**values)
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """torch.OutOfMemoryError on a GPU; the CPU's allocator raises a plain RuntimeError."""
+    return bool(re.search("out of memory|can't allocate memory|not enough memory", str(error)))
+
+
 def entry(main: Callable[[list[str]], None]) -> None:
     """Run a script's main(argv): whatever the user can mend ends as one line on stderr and exit status 2."""
     for stream in (sys.stdout, sys.stderr):
@@ -338,8 +343,8 @@ def entry(main: Callable[[list[str]], None]) -> None:
     except UserError as e:
         print(f"{who}error: {e}", file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as e:  # torch.OutOfMemoryError on a GPU; a plain RuntimeError from the CPU's allocator
-        if not re.search("out of memory|can't allocate memory|not enough memory", str(e)):
+    except RuntimeError as e:
+        if not is_out_of_memory(e):
             raise
         said = str(e).partition("\n")[0]
         print(f"{who}error: out of memory ({said}): type a smaller --batch_size or a smaller model", file=sys.stderr)

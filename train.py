@@ -34,6 +34,11 @@ from configurator import Config
 from model import GPT, UserError
 
 
+def graph_breaks() -> int:
+    """Places where the compiler has given up on one graph so far, in this process."""
+    return sum(torch._dynamo.utils.counters["graph_break"].values())
+
+
 @dataclass
 class Run:
     """What build() makes: the objects of one training run."""
@@ -52,6 +57,7 @@ class Run:
     accumulation: int  # forward passes per step of this process
     reader: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "reader"))
     pending: dict[tuple[int, int], Future] = field(default_factory=dict)  # (step, micro) -> a batch being read
+    breaks_before: int = field(default_factory=lambda: graph_breaks())  # of earlier runs in this process
 
     def autocast(self):
         """The context in which forward passes run."""
@@ -59,15 +65,12 @@ class Run:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=machine.DTYPES[self.cfg.dtype])
 
-    def read(self, step: int, micro: int) -> list[Tensor]:
+    def read(self, step: int, micro: int, pin: bool = False) -> list[Tensor]:
         """Inputs and targets of one micro-batch of this process, on its device."""
         batch = self.batches.batch(step, micro, self.micro_batch, self.accumulation, self.world.rank, self.world.size)
-        return self.to_device(*batch)
-
-    def to_device(self, *tensors: Tensor) -> list[Tensor]:
-        if self.cfg.prefetch and self.device.type == "cuda":  # from pinned memory a copy does not hold up the host
-            return [t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
-        return [t.to(self.device) for t in tensors]
+        if pin and self.device.type == "cuda":  # from pinned memory a copy does not hold up the host
+            return [t.pin_memory().to(self.device, non_blocking=True) for t in batch]
+        return [t.to(self.device) for t in batch]
 
     def next_batch(self, step: int, micro: int) -> list[Tensor]:
         """The same, read ahead if asked: a batch is a function of (step, micro), so what was read ahead cannot be wrong."""
@@ -75,7 +78,7 @@ class Run:
         batch = ahead.result() if ahead else self.read(step, micro)
         if self.cfg.prefetch:
             following = (step, micro + 1) if micro + 1 < self.accumulation else (step + 1, 0)
-            self.pending = {following: self.reader.submit(self.read, *following)}
+            self.pending = {following: self.reader.submit(self.read, *following, pin=True)}
         return batch
 
     def close(self) -> None:
@@ -94,7 +97,6 @@ class TrainingStopped(UserError):
 
 def compile_model(model: GPT, cfg: Config) -> nn.Module:
     """The model under torch.compile. With scope "block" its blocks share one graph and the head has another."""
-    torch._dynamo.utils.counters.clear()  # effective() reads what this run, not the process, has compiled
     if not cfg.compile:
         return model
     if cfg.compile_scope == "model":
@@ -197,7 +199,7 @@ def evaluate(run: Run) -> float:
         if count == 0:  # this rank has run out: the mean over nothing is NaN
             continue
         with run.autocast():
-            loss = run.compiled(*run.to_device(x, y))
+            loss = run.compiled(x.to(run.device), y.to(run.device))
         sums += torch.tensor([loss.item() * count, count], dtype=torch.float64)
     run.model.train()
     sums = sums.float().to(run.device) if run.device.type == "mps" else sums.to(run.device)
@@ -229,11 +231,11 @@ def effective(run: Run) -> dict:
     random number is drawn, no gradient left.
     """
     model, device = run.model, run.device
-    x, y = run.to_device(*run.batches.batch(0, 0, 1, 1, 0, 1))
-    model.eval()
-    with torch.compiler.set_stance("force_eager"), _Spy() as spy, run.autocast():
+    x, y = (t.to(device) for t in run.batches.batch(0, 0, 1, 1, 0, 1))
+    # in training mode, since dropout decides which kernels can run; its draws are given back
+    kept = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with kept, torch.compiler.set_stance("force_eager"), _Spy() as spy, run.autocast():
         model(x, y)
-    model.train()
     stats = torch._dynamo.utils.counters  # what the compiler did in this process
     compiled = run.compiled is not model or "head" in vars(model)  # compile_model() replaces the one or the other
     fused_kernels = {k for k in spy.kernels if "math" not in k}
@@ -243,9 +245,10 @@ def effective(run: Run) -> dict:
         "fp32_precision": machine.fp32_precision_measured(device),
         "attention": "sdpa" if fused_kernels else "naive",
         "attention_kernel": "+".join(sorted(spy.kernels)) or "none",
+        "compile_scope": "block" if "head" in vars(model) else "model" if run.compiled is not model else "none",
         "compile": bool(compiled and stats["stats"]["unique_graphs"]),
         "graphs": stats["stats"]["unique_graphs"],
-        "graph_breaks": sum(stats["graph_break"].values()),
+        "graph_breaks": graph_breaks() - run.breaks_before,
         "fused_adamw": bool(run.optimizer.param_groups[0]["fused"]),
         "reuse_memory": machine.memory_is_reused() if device.type == "cpu" else False,
         "prefetch": bool(run.pending),
@@ -265,12 +268,23 @@ def mismatches(run: Run, on: dict) -> list[str]:
     cfg = run.cfg
     names = ("device", "dtype", "attention", "compile", "fused_adamw", "reuse_memory", "prefetch", "tie_weights")
     asked = {name: getattr(cfg, name) for name in names} | {"padded_vocab_size": cfg.padded_vocab_size}
-    asked |= {"processes": run.world.size, "graph_breaks": 0}
+    asked["processes"] = run.world.size
+    if cfg.compile and on["compile"]:
+        asked |= {"graph_breaks": 0, "compile_scope": cfg.compile_scope}
     if cfg.dtype == "float32":
         asked["fp32_precision"] = cfg.fp32_precision
+    if not cfg.reuse_memory:
+        del asked["reuse_memory"]  # a heap may happen to have room: nothing was asked for
+    if cfg.attention == "sdpa" and (on["device"] == "mps" or (on["device"] == "cpu" and cfg.dropout > 0)):
+        # PyTorch has no fused kernel for a CPU with dropout, and other names on mps; without one it multiplies in float32.
+        # train() says which kernel runs.
+        del asked["attention"]
+        asked["dtype"] = on["dtype"] if cfg.dtype in on["dtype"].split("+") else cfg.dtype
     remedies = {
         "compile": "type --compile=False, or see TORCH_LOGS=graph_breaks",
         "graph_breaks": "type --compile=False, or see TORCH_LOGS=graph_breaks",
+        "dtype": "type --dtype=float32",
+        "padded_vocab_size": "type --vocab_multiple=1",
         "attention": "no fused attention kernel takes these shapes here: type --attention=naive",
         "fp32_precision": "this device does not round float32 matmuls that way: type --fp32_precision=ieee",
     }
@@ -418,6 +432,10 @@ def train(cfg: Config) -> None:
             log.write({"event": "effective", "effective": on})
             if wrong := mismatches(run, on):
                 raise UserError("; ".join(wrong))
+            say(
+                f"running: {on['dtype']} matmuls, attention {on['attention_kernel']}, {on['graphs']} compiled graphs "
+                f"({on['graph_breaks']} breaks), {'fused' if on['fused_adamw'] else 'looped'} AdamW, {on['threads']} threads"
+            )
         stop = parallel.sum_over_ranks(torch.tensor(float(bool(stopping)), device=run.device)).item() > 0
         last = stop or done == cfg.max_steps
         if last or done == start_step + 1 or done % cfg.log_interval == 0:
