@@ -496,7 +496,6 @@ SABOTAGE = [
     ("fp32_precision", dict(fp32_precision="tf32"), nothing),
     ("fp32_precision", dict(fp32_precision="bf16"), nothing),
     ("reuse_memory", dict(reuse_memory=True), malloc_that_lies),
-    ("reuse_memory", dict(reuse_memory=False), malloc_that_keeps),
     ("prefetch", dict(prefetch=True), reads_when_asked),
     ("tie_weights", dict(tie_weights=True), untied),
     ("padded_vocab_size", dict(vocab_multiple=64), unpadded),
@@ -533,7 +532,7 @@ def test_a_toggle_that_does_nothing_is_named_with_its_remedy(cfg, monkeypatch, n
     assert "\n" not in wrong[0]
 
 
-@pytest.mark.parametrize("name", ["device", "dtype", "attention", "compile", "fused_adamw", "reuse_memory", "prefetch"])
+@pytest.mark.parametrize("name", ["device", "dtype", "attention", "compile", "fused_adamw", "prefetch"])
 def test_whatever_is_off_is_named_once(cfg, name):
     """mismatches() alone: each single reading that differs gives one line with both values, and both of two are told."""
     run = stepped(cfg)
