@@ -290,6 +290,24 @@ def test_the_second_run_of_a_process_is_seen_to_be_compiled_as_well(cfg, monkeyp
         assert train.mismatches(run, train.effective(run)) == []
 
 
+@pytest.mark.parametrize("scope", ["model", "block"])
+def test_a_second_run_that_falls_back_to_eager_is_found_out(cfg, monkeypatch, scope):
+    """What an earlier run of the process has compiled says nothing about this one."""
+    eager_backend(monkeypatch)
+    asked = replace(cfg, compile=True, compile_scope=scope)
+    checked(asked)
+    with torch.compiler.set_stance("force_eager"):
+        run = stepped(asked)
+        wrong = train.mismatches(run, train.effective(run))
+    assert [w for w in wrong if w.startswith("compile=")], wrong
+
+
+def test_graphs_are_those_of_this_run(cfg, monkeypatch):
+    eager_backend(monkeypatch)
+    found = [train.effective(stepped(replace(cfg, compile=True, n_embd=n)))["graphs"] for n in (32, 64)]
+    assert found == [1, 1]
+
+
 def test_every_speed_setting_is_read_back(cfg):
     """What effective() does not look at can silently do nothing."""
     also = {"vocab_multiple": "padded_vocab_size", "batch_size": "micro_batch"}
@@ -444,10 +462,6 @@ def autocast_anyway(monkeypatch) -> None:
 def malloc_that_lies(monkeypatch) -> None:
     monkeypatch.setattr(machine, "keep_freed_memory", lambda: True)
     monkeypatch.setattr(machine, "memory_is_reused", lambda: False)
-
-
-def malloc_that_keeps(monkeypatch) -> None:
-    monkeypatch.setattr(machine, "memory_is_reused", lambda: True)
 
 
 def reads_when_asked(monkeypatch) -> None:
