@@ -34,11 +34,6 @@ from configurator import Config
 from model import GPT, UserError
 
 
-def graph_breaks() -> int:
-    """Places where the compiler has given up on one graph so far, in this process."""
-    return sum(torch._dynamo.utils.counters["graph_break"].values())
-
-
 @dataclass
 class Run:
     """What build() makes: the objects of one training run."""
@@ -57,7 +52,6 @@ class Run:
     accumulation: int  # forward passes per step of this process
     reader: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "reader"))
     pending: dict[tuple[int, int], Future] = field(default_factory=dict)  # (step, micro) -> a batch being read
-    breaks_before: int = field(default_factory=lambda: graph_breaks())  # of earlier runs in this process
 
     def autocast(self):
         """The context in which forward passes run."""
@@ -97,6 +91,9 @@ class TrainingStopped(UserError):
 
 def compile_model(model: GPT, cfg: Config) -> nn.Module:
     """The model under torch.compile. With scope "block" its blocks share one graph and the head has another."""
+    # else an equal model would find an earlier run's code in this process, and effective() that run's counts
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
     if not cfg.compile:
         return model
     if cfg.compile_scope == "model":
@@ -248,7 +245,7 @@ def effective(run: Run) -> dict:
         "compile_scope": "block" if "head" in vars(model) else "model" if run.compiled is not model else "none",
         "compile": bool(compiled and stats["stats"]["unique_graphs"]),
         "graphs": stats["stats"]["unique_graphs"],
-        "graph_breaks": graph_breaks() - run.breaks_before,
+        "graph_breaks": sum(stats["graph_break"].values()),
         "fused_adamw": bool(run.optimizer.param_groups[0]["fused"]),
         "reuse_memory": machine.memory_is_reused() if device.type == "cpu" else False,
         "prefetch": bool(run.pending),

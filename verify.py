@@ -2,9 +2,8 @@
 
 Each is switched on alone, on top of plain float32, and in the order of the ladder, on top of all before it. Then the real
 train.train_step takes one step, and its logits, loss, gradient norm, gradients and update are compared with a float64
-reference that shares no line with model.py or optim.py (in float64 model.py would still take its softmax and loss in float32,
-and a wrong line in it would be in both). Before that, equalities: accumulated = whole, two processes = one, padded = unpadded,
-cached = uncached, import -> export = identity.
+reference that shares no line with model.py or optim.py: a wrong line in them would else be in both. Before that, equalities:
+accumulated = whole, two processes = one, padded = unpadded, cached = uncached, import -> export = identity.
 """
 
 import json
