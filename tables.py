@@ -264,7 +264,7 @@ def sampling_table(result: dict) -> list[Block]:
 def stages_table(result: dict) -> list[Block]:
     rows = [
         [
-            re.sub(r"^Stage (\d): ", r"\1. ", e["title"]),
+            re.sub(r"^Stage (\d): (.*?)\.( .*)?$", r"\1. \2", e["title"]),
             f"{e['parameters'] / 1e6:.2f}M",
             f"{e['losses'][0]:.2f}",
             f"{e['losses'][-1]:.4f}" if e["losses"][-1] < 0.1 else f"{e['losses'][-1]:.2f}",
