@@ -108,16 +108,17 @@ def time_steps(
     clock: Callable[[], float] = time.perf_counter,
     settled: float = 0.1,
     max_warmup: int = 5,
+    min_seconds: float = 0.0,
 ) -> tuple[list[float], int]:
     """Run do_step(0), do_step(1), …: (seconds of each step, how many of the first are warm-up).
 
     do_step must not return before its work is done. Warm-up ends when a step takes within `settled` of the one before it,
     or after max_warmup steps; the first step, which compiles, never counts. At least `steps` steps run, and at least
-    min_timed after the warm-up.
+    min_timed and min_seconds after the warm-up.
     """
     seconds: list[float] = []
     warmup = 0
-    while len(seconds) < max(steps, warmup + min_timed):
+    while len(seconds) < max(steps, warmup + min_timed) or sum(seconds[warmup:]) < min_seconds:
         began = clock()
         do_step(len(seconds))
         seconds.append(clock() - began)
@@ -137,11 +138,12 @@ def measure(cfg: Config, steps: int, min_timed: int) -> dict:
 
     def one_step(step: int) -> None:
         losses.append(train.train_step(run, step)[0])
-        if run.device.type == "cuda":
-            torch.cuda.synchronize()
+        machine.synchronize(run.device)
 
+    # A GPU's clocks take seconds to settle; a CPU's steps are seconds.
+    min_seconds = 2.0 if run.device.type == "cuda" else 0.0
     try:
-        seconds, warmup = time_steps(one_step, steps, min_timed)
+        seconds, warmup = time_steps(one_step, steps, min_timed, min_seconds=min_seconds)
         memory = machine.memory_gib(run.device)
         on = train.effective(run)
     except RuntimeError as e:
@@ -174,8 +176,7 @@ def ceilings(cfg: Config) -> dict:
         for _ in range(repeats):
             began = time.perf_counter()
             work()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            machine.synchronize(device)
             times.append(time.perf_counter() - began)
         return min(times)
 
@@ -183,6 +184,12 @@ def ceilings(cfg: Config) -> dict:
     for dtype in (torch.float32, torch.bfloat16):
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))  # random: zeros run faster than data
         rates[f"gemm_{str(dtype).removeprefix('torch.')}_flops"] = 2 * n**3 / best(lambda a=a, b=b: a @ b)
+    if device.type == "cuda":
+        before = torch.backends.cuda.matmul.fp32_precision
+        machine.set_fp32_precision("tf32", device)
+        a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
+        rates["gemm_tf32_flops"] = 2 * n**3 / best(lambda: a @ b)
+        torch.backends.cuda.matmul.fp32_precision = before
     big = torch.randn(2**28 if device.type == "cuda" else 2**25, device=device)
     other = torch.empty_like(big)
     rates["copy_bytes_per_s"] = 2 * big.nbytes / best(lambda: other.copy_(big))
@@ -207,8 +214,10 @@ def worker(job_path: str, result_path: str) -> None:
             result = measure(cfg, job["steps"], job["min_timed"])
     except UserError as e:
         result = {"error": str(e)}
-    if int(os.environ.get("RANK", 0)) == 0:
+    if int(os.environ.get("RANK", 0)) == 0 or "error" in result:
         Path(result_path).write_text(json.dumps(result), encoding="utf-8")
+    if "error" in result:
+        sys.exit(1)  # and torchrun ends the processes that would wait for this one
 
 
 def in_fresh_process(cfg: Config, what: str = "measure", **job: Any) -> dict:
@@ -362,11 +371,16 @@ def ladder(sizes: Sizes, device: torch.device) -> dict:
     return record("ladder", sizes, rungs, skipped, results)
 
 
+def top_rung(climbed: list[Rung], skipped: dict[str, str]) -> Rung:
+    """The highest rung of the chain that can be had in one process: processes on one machine may share what one would use."""
+    return next(r for r in reversed(climbed) if r.name not in skipped and not r.twin and r.cfg.processes <= 1)
+
+
 def ablate(sizes: Sizes, device: torch.device) -> dict:
     """The top rung, and it with one setting put back at a time."""
     climbed, skipped = climb(load_ladder(), sizes, device)
-    chain = {r.name: r for r in climbed if r.name not in skipped}
-    top = climbed[-1] if climbed[-1].name in chain else list(chain.values())[-1]
+    chain = {r.name: r for r in climbed if r.name not in skipped and not r.twin}
+    top = top_rung(climbed, skipped)
     rungs = [Rung("top", "the top rung", top.cfg, "top", {})]
     rung = top
     while rung.changes:  # down the chain; a twin is never met
@@ -410,16 +424,24 @@ def header(kind: str, sizes: Sizes) -> dict:
 # ---- two configs ------------------------------------------------------------------------------------------------------
 
 
+def given_sizes(asked: Sizes) -> dict[str, Any]:
+    """The settings that were typed, for a config file that is to be measured as it is otherwise."""
+    given: dict[str, Any] = {k: v for k in ("batch_size", "sequence_length", "tokens_per_step") if (v := getattr(asked, k))}
+    if "sequence_length" in given and "batch_size" in given:
+        given.setdefault("tokens_per_step", given["sequence_length"] * given["batch_size"])
+    if asked.device != "auto":
+        given["device"] = asked.device
+    if asked.n_layer != Sizes.n_layer:
+        given["n_layer"] = asked.n_layer
+    return given | {"data_dir": asked.data_dir}
+
+
 def ab(paths: list[str], sizes: Sizes, device: torch.device) -> dict:
     """Two config files as they are (sizes only where given), seed by seed, in alternating order."""
     if len(paths) != 2:
         raise UserError("ab compares two config files: type python bench.py ab A.py B.py")
-    given: dict[str, Any] = {k: v for k in ("batch_size", "sequence_length", "tokens_per_step") if (v := getattr(sizes, k))}
-    if "sequence_length" in given and "batch_size" in given:
-        given.setdefault("tokens_per_step", given["sequence_length"] * given["batch_size"])
-    if sizes.device != "auto":
-        given["device"] = sizes.device
-    pair = [(p, replace(configurator.load_file(p), data_dir=sizes.data_dir, **given)) for p in paths]
+    given = given_sizes(sizes)
+    pair = [(p, replace(configurator.load_file(p), **given)) for p in paths]
     runs: list[list[dict]] = [[], []]
     with tqdm(total=2 * sizes.seeds, disable=None, unit="run") as bar:
         for seed in range(sizes.seeds):
@@ -559,16 +581,16 @@ def verify(sizes: Sizes, device: torch.device) -> dict:
     return header("verify", sizes) | result
 
 
-def why(paths: list[str], sizes: Sizes, device: torch.device) -> dict:
-    """One profiled step of a config (the top rung without one) at these sizes, beside its floor."""
+def why(paths: list[str], asked: Sizes, device: torch.device) -> dict:
+    """One profiled step beside its floor: of a config as it is, or of the top rung at the ladder's sizes."""
+    sizes = asked.by_device(device)
     if len(paths) > 1:
         raise UserError(f"{paths[1]!r} is one argument too many: type python bench.py why [config.py]")
     if paths:
-        loaded = configurator.load_file(paths[0])
-        name, cfg = paths[0], sizes.apply(loaded, loaded.batch_size)
+        name, cfg = paths[0], replace(configurator.load_file(paths[0]), **given_sizes(asked))
     else:
-        climbed, skipped = climb(load_ladder(), sizes, device)
-        name, cfg = next((r.name, r.cfg) for r in reversed(climbed) if r.name not in skipped and r.cfg.processes <= 1)
+        top = top_rung(*climb(load_ladder(), sizes, device))
+        name, cfg = top.name, top.cfg
     trace = Path("out", f"why_{Path(name).stem}.trace.json").resolve()
     trace.parent.mkdir(parents=True, exist_ok=True)
     rates = in_fresh_process(cfg, "ceilings")
@@ -638,7 +660,7 @@ def main(argv: list[str]) -> None:
     if command == "ab":
         result = ab(places, asked, device)
     elif command == "why":
-        result = why(places, sizes, device)
+        result = why(places, asked, device)
     elif command in ("ladder", "ablate"):
         result = with_smaller_batches(sizes, lambda s: MEASURES[command](s, device))
     else:

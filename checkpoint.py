@@ -165,14 +165,16 @@ def newest(run_dir: Path, say: Callable[[str], None] = print) -> Path:
     """The newest checkpoint of a run that verifies; damaged ones are passed over aloud. UserError if none is left."""
     found = candidates(run_dir)
     if not found:
-        raise UserError(f"{run_dir} holds no checkpoint")
+        raise UserError(f"{run_dir} holds no checkpoint: train one first (without --resume)")
     for folder in found:
         try:
             verify(folder)
             return folder
         except UserError as e:
             say(f"passing over a checkpoint: {e}")
-    raise UserError(f"{run_dir}: none of its {len(found)} checkpoint(s) is usable")
+    raise UserError(
+        f"{run_dir}: none of its {len(found)} checkpoint(s) is usable: train again without --resume, which moves them aside"
+    )
 
 
 def read_config(folder: Path, cls: type = Config) -> Config | GPTConfig:

@@ -15,6 +15,7 @@ import os
 import re
 import runpy
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from model import GPTConfig, UserError
 
-T = TypeVar("T")
+Settings = TypeVar("Settings")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ class Config(GPTConfig):
     reuse_memory: bool | Literal["auto"] = "auto"
     """CPU with glibc: keep freed memory in the process, so that a step does not fault its pages in anew"""
     prefetch: bool = True
-    """read the next micro-batch (and copy it to the GPU from pinned memory) while this one computes"""
+    """read the next micro-batch, and queue its copy from pinned memory to the GPU, while this one computes"""
     processes: int = 0
     """how many processes torchrun must have started; 0: any number"""
 
@@ -222,7 +223,7 @@ def _is_flag(hint: Any) -> bool:
     return hint is bool or bool in get_args(hint)
 
 
-def parse(default: T, argv: list[str], description: str) -> T:
+def parse(default: Settings, argv: list[str], description: str) -> Settings:
     """`default` (a frozen dataclass) with the flags of argv applied: --name=value, --name value, or a bare --name for True
     (a yes-or-no setting takes its value only after a "=", so that a file may follow it).
 
@@ -313,7 +314,7 @@ def describe(cfg: Config) -> str:
     return "\n".join([*lines, f"  defaults: {rest}"])
 
 
-def from_json(text: str, cls: type[T]) -> T:
+def from_json(text: str, cls: type[Settings]) -> Settings:
     """A settings dataclass from JSON that may come from a stranger: known names and right types only, else UserError."""
     try:
         values = json.loads(text)
@@ -341,6 +342,8 @@ def entry(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except UserError as e:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(1)  # the first process says the same, and torchrun then ends this one; if not, it is ours to say
         print(f"{who}error: {e}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as e:

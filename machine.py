@@ -45,7 +45,16 @@ def pick_device(wanted: str) -> torch.device:
     if not there[name]:
         have = ", ".join(n for n, ok in there.items() if ok)
         raise UserError(f"device={wanted} is not on this machine: type --device=auto (it has {have})")
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+    if name == "mps" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("mps trains in one process only: type python train.py …, or --device=cpu")
+    if name != "cuda":
+        return torch.device(name)
+    local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local >= count:
+        raise UserError(
+            f"process {local} has no GPU, there are {count}: type torchrun --nproc_per_node={count} … or --device=cpu"
+        )
+    return torch.device(name, local)
 
 
 def best_dtype(device: torch.device) -> str:
@@ -59,14 +68,17 @@ def best_dtype(device: torch.device) -> str:
 
 def why_no_compile(device: torch.device) -> str | None:
     """What torch.compile lacks here, or None."""
-    if device.type == "cuda":
-        return None if find_spec("triton") else "the package triton is not installed"
     if device.type == "mps":
         return "torch.compile on mps is still a prototype"
-    if not any(
-        shutil.which(c) for c in (shlex.split(os.environ["CXX"])[:1] if "CXX" in os.environ else ["g++", "clang++", "c++"])
-    ):
-        return "there is no C++ compiler (Debian: apt install g++)"
+    variable, names = "CXX", ["g++", "clang++", "c++"]
+    if device.type == "cuda":
+        if not find_spec("triton"):
+            return "the package triton is not installed"
+        if torch.cuda.get_device_capability(device) < (7, 0):
+            return "Triton needs a GPU of compute capability 7.0 (V100) or newer"
+        variable, names = "CC", ["gcc", "clang", "cc"]  # Triton builds a launcher in C for its kernels
+    if not any(shutil.which(c) for c in shlex.split(os.environ.get(variable, ""))[:1] or names):
+        return f"there is no {'C' if variable == 'CC' else 'C++'} compiler (Debian: apt install g++)"
     if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
         return "Python.h is missing (Debian: apt install python3-dev)"
     return None
@@ -107,6 +119,8 @@ def resolve(cfg: Config, device: torch.device) -> tuple[Config, list[str]]:
     if cfg.dtype == "auto":
         cfg = replace(cfg, dtype=best_dtype(device))
         said.append(f"dtype = {cfg.dtype}" + (" (no hardware bf16 here)" if cfg.dtype != "bfloat16" else ""))
+    if cfg.dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError("dtype=bfloat16 cannot be had here: this GPU does not multiply it; type --dtype=float16")
     lacking = {
         "compile": why_no_compile(device),
         "fused_adamw": None,  # CUDA, MPS and CPU all have the kernel
@@ -147,7 +161,9 @@ def fp32_precision_measured(device: torch.device) -> str:
     exact = a.double() @ b.double()
     found = (a.to(device) @ b.to(device)).cpu().double()
     error = ((found - exact).norm() / exact.norm()).item()
-    return "ieee" if error < 2e-6 else "tf32" if error < 1e-3 else "bf16"
+    if error < 2e-6:
+        return "ieee"
+    return "tf32" if error < 1e-3 or device.type == "cuda" else "bf16"  # tensor cores may cut off instead of rounding
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -165,6 +181,14 @@ def memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what was asked of it; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def hardware_name(device: torch.device) -> str:

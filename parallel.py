@@ -29,13 +29,17 @@ class World:
         return self.rank == 0
 
 
-def start(device_type: str) -> World:
-    """Join the processes torchrun started; nccl between GPUs, gloo between CPUs."""
+def start(device: torch.device) -> World:
+    """Join the processes torchrun started; nccl between GPUs, gloo between CPUs, whose cores they share out."""
     world = World(*(int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
-    if world.size > 1:
-        if device_type == "cuda":
-            torch.cuda.set_device(world.local_rank)
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+    if world.size > 1 and device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", timeout=timedelta(minutes=10), device_id=device)
+    elif world.size > 1:
+        if hasattr(os, "sched_getaffinity"):  # Linux; torchrun gives each process one thread, however many cores there are
+            cores = len(os.sched_getaffinity(0))
+            torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", world.size))))
+        dist.init_process_group("gloo", timeout=timedelta(minutes=10))
     return world
 
 
@@ -67,6 +71,11 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(value)
     return value
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is up in some process; every process gets the same answer."""
+    return sum_over_ranks(torch.tensor(float(flag), device=device)).item() > 0 if dist.is_initialized() else flag
 
 
 def gather(value: Tensor) -> list[Tensor]:

@@ -153,6 +153,18 @@ def before(result: dict, entry: dict) -> dict:
     return versus
 
 
+def gemm_rate(cfg: dict, ceilings: dict) -> float | None:
+    """FLOP/s that a large matmul reached here in the precision that a config multiplies in; None if that was not measured."""
+    how = "bfloat16" if cfg["dtype"] != "float32" else {"ieee": "float32"}.get(cfg["fp32_precision"], cfg["fp32_precision"])
+    return ceilings.get(f"gemm_{how}_flops")
+
+
+def devices(entry: dict) -> int:
+    """How many devices, each with the measured ceilings, worked on a row: processes on a CPU share one."""
+    on = entry["effective"]
+    return on["processes"] if on["device"] == "cuda" else 1
+
+
 def steps_table(result: dict) -> list[Block]:
     """A ladder or an ablation; what was skipped stands below the table with its reason."""
     ceilings, sizes, is_ladder = result["ceilings"], result["sizes"], result["kind"] == "ladder"
@@ -166,7 +178,8 @@ def steps_table(result: dict) -> list[Block]:
             continue
         gain, least, most = ratio(before(result, entry), entry) if is_ladder else ratio(entry, before(result, entry))
         flops = tokens_per_s(result, entry) * flops_per_token(entry["requested"])
-        gemm = ceilings[f"gemm_{'float32' if entry['requested']['dtype'] == 'float32' else 'bfloat16'}_flops"]
+        flops /= devices(entry)
+        gemm = gemm_rate(entry["requested"], ceilings)
         first = entry is base
         rows.append(
             [
@@ -178,7 +191,7 @@ def steps_table(result: dict) -> list[Block]:
                 "–" if first else f"{1 - 1 / gain:.0%}" if is_ladder else f"{gain - 1:+.0%}",
                 f"{entry['memory_gib']:.1f}",
                 f"{flops / peak:.1%}" if peak else "n/a",
-                f"{flops / gemm:.0%}",
+                f"{flops / gemm:.0%}" if gemm else "n/a",
                 "–" if first else f"{max(map(abs, loss_differences(entry, base))):.1e}",
             ]
         )

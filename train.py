@@ -128,7 +128,7 @@ def build(cfg: Config) -> tuple[Run, list[str]]:
         raise UserError("reuse_memory=True did not take: malloc refused; type --reuse_memory=False")
     machine.set_fp32_precision(cfg.fp32_precision, device)
 
-    world = parallel.start(device.type)
+    world = parallel.start(device)
     torch.manual_seed(cfg.seed)
     model = GPT(cfg).to(device)
     torch.manual_seed(cfg.seed + world.rank)  # dropout differs between processes, weights do not
@@ -158,11 +158,10 @@ def train_step(run: Run, step: int) -> tuple[float, float]:
                 loss = run.net(x, y) / run.accumulation
             run.scaler.scale(loss).backward()
         total += loss.detach()
-    mean_loss = (parallel.sum_over_ranks(total) / run.world.size).item()
-
+    total = parallel.sum_over_ranks(total) / run.world.size
     run.scaler.unscale_(run.optimizer)
     gradient_norm = optim.gradient_norm(run.model)
-    norm = gradient_norm.item()
+    mean_loss, norm = torch.stack((total, gradient_norm)).tolist()  # the host's one wait for the device in a step
     # fp16 overflows now and then by design: there the scaler leaves the step out and scales less
     bad = "loss" if not math.isfinite(mean_loss) else "gradient norm" if not math.isfinite(norm) else None
     if bad == "loss" or (bad and not run.scaler.is_enabled()):
@@ -177,6 +176,8 @@ def train_step(run: Run, step: int) -> tuple[float, float]:
         group["lr"] = optim.learning_rate(cfg, step)
     run.scaler.step(run.optimizer)
     run.scaler.update()
+    if run.scaler.is_enabled() and run.scaler.get_scale() < 1.0:
+        raise TrainingStopped(f"step {step + 1}: float16 gradients overflow at any scale; type --dtype=bfloat16 or float32")
     run.optimizer.zero_grad(set_to_none=True)
     return mean_loss, norm
 
@@ -234,16 +235,17 @@ def effective(run: Run) -> dict:
     with kept, torch.compiler.set_stance("force_eager"), _Spy() as spy, run.autocast():
         model(x, y)
     stats = torch._dynamo.utils.counters  # what the compiler did in this process
-    compiled = run.compiled is not model or "head" in vars(model)  # compile_model() replaces the one or the other
-    fused_kernels = {k for k in spy.kernels if "math" not in k}
+    scope = "block" if "head" in vars(model) else "model" if run.compiled is not model else "none"  # see compile_model()
+    # the compiler may fuse attention that was written out: then the naive form is not what runs
+    fused = any("math" not in k for k in spy.kernels) or stats["inductor"]["fuse_attention"]
     return {
         "device": next(model.parameters()).device.type,
         "dtype": "+".join(sorted(spy.dtypes)),
         "fp32_precision": machine.fp32_precision_measured(device),
-        "attention": "sdpa" if fused_kernels else "naive",
-        "attention_kernel": "+".join(sorted(spy.kernels)) or "none",
-        "compile_scope": "block" if "head" in vars(model) else "model" if run.compiled is not model else "none",
-        "compile": bool(compiled and stats["stats"]["unique_graphs"]),
+        "attention": "sdpa" if fused else "naive",
+        "attention_kernel": "+".join(sorted(spy.kernels)) or "separate matmuls",
+        "compile_scope": scope,
+        "compile": scope != "none" and stats["stats"]["unique_graphs"] > 0,
         "graphs": stats["stats"]["unique_graphs"],
         "graph_breaks": sum(stats["graph_break"].values()),
         "fused_adamw": bool(run.optimizer.param_groups[0]["fused"]),
@@ -265,7 +267,7 @@ def mismatches(run: Run, on: dict) -> list[str]:
     cfg = run.cfg
     names = ("device", "dtype", "attention", "compile", "fused_adamw", "reuse_memory", "prefetch", "tie_weights")
     asked = {name: getattr(cfg, name) for name in names} | {"padded_vocab_size": cfg.padded_vocab_size}
-    asked["processes"] = run.world.size
+    asked["processes"] = cfg.processes or run.world.size
     if cfg.compile and on["compile"]:
         asked |= {"graph_breaks": 0, "compile_scope": cfg.compile_scope}
     if cfg.dtype == "float32":
@@ -366,6 +368,10 @@ def resume(run: Run, out: Path) -> int:
             raise UserError(f"{folder} was trained with {name}={old!r}, not {new!r}: type --{name}={old}")
         if run.world.first and name not in ("resume", "out_dir"):
             print(f"resuming with {name} = {new!r} (was {old!r})")
+    step = int(folder.name.removeprefix("step_"))
+    rates = [optim.learning_rate(c, step) for c in (before, run.cfg)]
+    if run.world.first and rates[0] != rates[1]:
+        print(f"the learning rate goes on at {rates[1]:.2e}; the schedule before had {rates[0]:.2e} here")
     checkpoint.load_weights(folder, run.model)
     training = checkpoint.load_training(folder, run.model, run.optimizer, run.world.rank, run.device)
     if training["data_sha256"] != run.dataset.sha256:
@@ -373,6 +379,13 @@ def resume(run: Run, out: Path) -> int:
     if training["scaler"]:  # empty unless the run was in float16
         run.scaler.load_state_dict(training["scaler"])
     return training["step"]
+
+
+def on_signal(number: int, stopping: list[int]) -> None:
+    """Note a signal, for the end of the step; a second Ctrl-C does not wait for it."""
+    if number == signal.SIGINT and signal.SIGINT in stopping:
+        raise KeyboardInterrupt
+    stopping.append(number)
 
 
 def train(cfg: Config) -> None:
@@ -401,15 +414,14 @@ def train(cfg: Config) -> None:
 
     stopping: list[int] = []  # signals received
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, _: stopping.append(n))
+        signal.signal(number, lambda n, _: on_signal(n, stopping))
     peak, began, val_loss = machine.peak_flops(run.device), time.perf_counter(), None
 
     for step in range(start_step, cfg.max_steps):
         done = step + 1
         tick = time.perf_counter()
         loss, norm = train_step(run, step)
-        if run.device.type == "cuda":
-            torch.cuda.synchronize()
+        machine.synchronize(run.device)
         seconds = time.perf_counter() - tick
         rate = cfg.tokens_per_step / seconds
         mfu = rate * cfg.flops_per_token(cfg.T) / (peak * world.size) if peak else None
@@ -433,7 +445,7 @@ def train(cfg: Config) -> None:
                 f"running: {on['dtype']} matmuls, attention {on['attention_kernel']}, {on['graphs']} compiled graphs "
                 f"({on['graph_breaks']} breaks), {'fused' if on['fused_adamw'] else 'looped'} AdamW, {on['threads']} threads"
             )
-        stop = parallel.sum_over_ranks(torch.tensor(float(bool(stopping)), device=run.device)).item() > 0
+        stop = parallel.any_rank(bool(stopping), run.device)
         last = stop or done == cfg.max_steps
         if last or done == start_step + 1 or done % cfg.log_interval == 0:
             eta = (time.perf_counter() - began) / (done - start_step) * (cfg.max_steps - done)

@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 import configurator
 import machine
-import parallel
 import pretrained
 import sample
 import train
@@ -183,8 +182,6 @@ def whole_step(run: train.Run) -> list[Tensor]:
 
 def measure(cfg: Config, mean_squares: dict[str, float], steps: int = 1) -> Found:
     """Build a run and let train.train_step take its first step (or steps: the loss, norm and gradients are the last one's)."""
-    torch._dynamo.reset()  # each run compiles anew, as in a process of its own
-    torch._dynamo.utils.counters.clear()  # effective() reads them
     run, _ = train.build(cfg)
     fill(run.model)
     parameters = dict(run.model.named_parameters())
@@ -197,7 +194,7 @@ def measure(cfg: Config, mean_squares: dict[str, float], steps: int = 1) -> Foun
     run.optimizer.register_step_pre_hook(
         lambda *_: gradients.update({name: p.grad.detach().clone().cpu() for name, p in parameters.items()})
     )
-    (x,) = run.to_device(whole_step(run)[0])
+    x = whole_step(run)[0].to(run.device)
     # with gradients on, compiled blocks are those that training runs; a compiled model is another graph without targets anyway
     with torch.set_grad_enabled(cfg.compile_scope == "block"), run.autocast():
         logits = torch.cat([run.compiled(part).detach().cpu() for part in x.split(run.micro_batch)])
@@ -218,8 +215,7 @@ def measure(cfg: Config, mean_squares: dict[str, float], steps: int = 1) -> Foun
         if gradients[name][cfg.vocab_size :].any():
             wrong.append(f"the padding rows of {name} receive a gradient")
     gradients, update = ({name: shared(name, t, cfg) for name, t in kind.items()} for kind in (gradients, update))
-    run.reader.shutdown()
-    parallel.stop()
+    run.close()
     return Found(one(logits), one(loss), one(norm), gradients, update, wrong)
 
 

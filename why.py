@@ -476,5 +476,5 @@ def why(cfg: Config, ceilings: dict, trace_path: Path, warmup: int = 3, timed: i
         "top_events": [[name, us / total_us * step_ms, part] for name, us, part in top[:15]],
         "trace": str(path),
     }
-    parallel.stop()
+    run.close()
     return result

@@ -3,8 +3,8 @@
     python prepare_data.py shakespeare && torchrun train.py config/shakespeare.py
 
 Expect: validation loss about 5.8; on 2 CPU cores with AVX512-BF16 under three minutes with compiling and sampling
-(results/amd-epyc-2-cores/shakespeare.json), on a GPU a fraction of that. LOG.md says how the sizes were chosen.
-Sequences and positions are 64, not 1,024: more, shorter steps learn more in that time, and a position never trained is of no use.
+(results/amd-epyc-2-cores/shakespeare.json); not yet measured on a GPU. LOG.md says how the sizes were chosen.
+Sequences and positions are 64, not 1,024: more, shorter steps learn more in that time, and an untrained position is of no use.
 """
 
 from configurator import Config

@@ -25,7 +25,9 @@ HOSTILE = "</td><script>alert(1)</script><img src=x onerror=alert(2)> | <!-- end
 
 MACHINE = dict(hardware="A machine, 2 cores", device="cpu", threads=2, torch="2.13", commit="abc1234", dirty=False)
 SIZES = dict(batch_size=4, sequence_length=32, tokens_per_step=128, n_layer=2, rounds=3)
-SHAPE = dict(n_layer=2, n_embd=64, vocab_size=100, vocab_multiple=1, block_size=64, sequence_length=32, dtype="float32")
+SHAPE = dict(n_layer=2, n_embd=64, vocab_size=100, vocab_multiple=1, block_size=64, sequence_length=32)
+SHAPE |= dict(dtype="float32", fp32_precision="ieee")
+ON = dict(device="cpu", processes=1)
 
 
 def head(kind: str) -> dict:
@@ -35,7 +37,7 @@ def head(kind: str) -> dict:
 
 def rung(name: str, versus: str, changes: dict, ms: list[list[float]], losses: list[float], **more) -> dict:
     times = [[t / 1e3 for t in times] for times in ms]
-    entry = dict(name=name, title=name, versus=versus, changes=changes, requested=SHAPE, effective={}, losses=losses)
+    entry = dict(name=name, title=name, versus=versus, changes=changes, requested=SHAPE, effective=ON, losses=losses)
     return entry | dict(memory_gib=1.5, first_step_s=[2.0], step_s=times) | more
 
 
