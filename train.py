@@ -486,8 +486,10 @@ def train(cfg: Config) -> None:
 
 def main(argv: list[str]) -> None:
     cfg = configurator.load(argv, __doc__)
-    if not configurator.split_positional(cfg, argv)[0] and os.environ.get("RANK", "0") == "0":
-        print(f"no config file: GPT-2's own sizes, {cfg.tokens_per_step:,} tokens per step (config/shakespeare.py takes minutes)")
+    if not argv:
+        print(
+            f"no config file: GPT-2's own sizes, {cfg.tokens_per_step:,} tokens per step (config/shakespeare.py takes minutes)"
+        )
     train(cfg)
 
 
