@@ -291,7 +291,7 @@ def cannot_be_had(cfg: Config, device: torch.device) -> str | None:
         machine.check_fp32_precision(cfg.fp32_precision, device)
     except UserError as e:
         return str(e)
-    there = torch.cuda.device_count() if device.type == "cuda" else torch.get_num_threads()
+    there = torch.cuda.device_count() if device.type == "cuda" else machine.cores()
     if cfg.processes > there:
         return f"it needs {cfg.processes} {'GPUs' if device.type == 'cuda' else 'cores'}, there is {there}"
     if cfg.batch_size > cfg.tokens_per_step // cfg.T:
@@ -394,7 +394,9 @@ def ablate(sizes: Sizes, device: torch.device) -> dict:
 
 
 def record(kind: str, sizes: Sizes, rungs: list[Rung], skipped: dict[str, str], results: dict[str, list[dict]]) -> dict:
-    """Everything measured, as JSON values."""
+    """Everything measured, as JSON values; UserError if that is nothing."""
+    if all(rung.name in skipped for rung in rungs):
+        raise UserError(f"nothing could be measured: {next(iter(skipped.values()))}")
     entries = []
     for rung in rungs:
         rounds = results[rung.name]
@@ -652,7 +654,9 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{places[0]!r} is one argument too many: bench.py {command} takes settings only, as --name=value")
     device = machine.pick_device(asked.device)
     sizes = asked.by_device(device)
-    path = results_dir(sizes, device) / f"{command}.json"
+    # a look must not replace a measurement
+    trial = ".trial" if sizes.quick or sizes.n_layer != Sizes.n_layer else ""
+    path = results_dir(sizes, device) / f"{command}{trial}.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)  # known before anything is measured
     except OSError as e:
@@ -667,7 +671,7 @@ def main(argv: list[str]) -> None:
         result = MEASURES[command](sizes, device)
     write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
     print(report.as_text(result))
-    print(f"wrote {path}; python report.py puts it into the README")
+    print(f"wrote {path}" + ("; python report.py puts it into the README" if path.parent.parent == Path("results") else ""))
     if result.get("passed") is False:
         sys.exit(1)
 

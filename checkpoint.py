@@ -11,6 +11,7 @@
 A checkpoint is written under a temporary name, flushed to the disk, then renamed. Reading verifies the manifest first.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import IO
 
 import safetensors.torch
 import torch
@@ -108,6 +110,16 @@ def save(
     for old in [c for c in candidates(run_dir) if c != final][keep - 1 :]:
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def lock(run_dir: Path) -> IO:
+    """Claim a run's folder for as long as the returned file is open; UserError if another process has it."""
+    file = open(run_dir / ".lock", "a", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"another process is training in {run_dir}: type --out_dir=another/folder, or stop it first") from None
+    return file
 
 
 def write_config(folder: Path, cfg: Config) -> None:
@@ -240,7 +252,8 @@ def load_model(where: str, say: Callable[[str], None] = print) -> tuple[GPT, Tok
         torch.manual_seed(cfg.seed)
         return GPT(cfg), GPT2Tokenizer()
     if path.is_dir():
-        if not STEP_NAME.fullmatch(path.name) and not candidates(path) and (path / "config.json").is_file():
+        ours = STEP_NAME.fullmatch(path.name) or candidates(path) or (path / "log.jsonl").is_file()
+        if not ours and (path / "config.json").is_file():
             model = pretrained.load_hf_dir(path)
             if model.cfg.vocab_size != GPT2Tokenizer.vocab_size:
                 raise UserError(f"{where} has {model.cfg.vocab_size} ids; in this layout only GPT-2's 50257 have a tokenizer")

@@ -30,6 +30,7 @@ from tokenizer import Tokenizer, from_json, write_atomically
 
 MAGIC, VERSION, HEADER_BYTES = b"NLADDER\n", 1, 256
 AGAIN = "prepare the data again (python prepare_data.py … --force)"
+CHECKED_AT_START = 2**26  # bytes; a larger shard is not read through at every start
 HEADER = struct.Struct("<8sIIIQ32s")
 MANIFEST = "manifest.json"
 
@@ -92,7 +93,7 @@ def read_shard(path: Path, tokenizer: Tokenizer) -> np.ndarray:
     if count == 0:
         return np.empty(0, dtype=f"<u{width}")
     tokens = np.memmap(path, dtype=f"<u{width}", mode="r", offset=HEADER_BYTES, shape=(count,))
-    if count <= 2**24:  # small enough to look through at every start; TokenStream.read looks at every token again
+    if size <= CHECKED_AT_START:  # TokenStream.read looks at every token again
         check_ids(tokens, vocab_size, str(path))
     return tokens
 
@@ -111,7 +112,10 @@ class Dataset:
 
 
 def open_dataset(folder: Path) -> Dataset:
-    """Open a folder made by prepare_data.py and check every header; UserError with the command to type if it is not one."""
+    """Open a folder made by prepare_data.py and check every header, and the sha256 of shards up to 64 MiB.
+
+    UserError with the command to type if something is wrong.
+    """
     if not (folder / MANIFEST).is_file():
         named = folder.name in ("shakespeare", "shakespeare_char")
         what = folder.name if named else f"path/to/your.txt --name={folder.name}"
@@ -124,6 +128,7 @@ def open_dataset(folder: Path) -> Dataset:
         tokenizer = from_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
         version = manifest["version"]
         files = {split: [str(e["file"]) for e in entries] for split, entries in manifest["splits"].items()}
+        digests = {str(e["file"]): str(e["sha256"]) for entries in manifest["splits"].values() for e in entries}
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as e:
         raise UserError(f"{folder} is damaged ({type(e).__name__}: {e}): {AGAIN}") from None
     for split in ("train", "val"):
@@ -134,6 +139,10 @@ def open_dataset(folder: Path) -> Dataset:
     if version != VERSION:
         raise UserError(f"{folder}/{MANIFEST} has version {version!r}, this program reads {VERSION}: {AGAIN}")
     splits = {split: [read_shard(folder / f, tokenizer) for f in names] for split, names in files.items()}
+    for name, digest in digests.items():
+        path = folder / name
+        if path.stat().st_size <= CHECKED_AT_START and hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            raise UserError(f"{path} is damaged: its sha256 is not the manifest's: {AGAIN}")
     return Dataset(folder, tokenizer, splits, hashlib.sha256(raw).hexdigest())
 
 

@@ -38,6 +38,11 @@ PEAK_FLOPS = {
 }
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def pick_device(wanted: str) -> torch.device:
     """The device of this process. UserError if it was named and is not there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -201,8 +206,7 @@ def hardware_name(device: torch.device) -> str:
         name = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)[1]
     except (OSError, TypeError):
         pass  # not Linux, or a CPU that has no model name
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name.strip()}, {cores} cores" + (" (mps)" if device.type == "mps" else "")
+    return f"{name.strip()}, {cores()} cores" + (" (mps)" if device.type == "mps" else "")
 
 
 def describe(device: torch.device) -> dict:

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+import machine
+
 
 @dataclass(frozen=True)
 class World:
@@ -36,9 +38,8 @@ def start(device: torch.device) -> World:
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", timeout=timedelta(minutes=10), device_id=device)
     elif world.size > 1:
-        if hasattr(os, "sched_getaffinity"):  # Linux; torchrun gives each process one thread, however many cores there are
-            cores = len(os.sched_getaffinity(0))
-            torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", world.size))))
+        # torchrun gives each process one thread, however many cores there are
+        torch.set_num_threads(max(1, machine.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", world.size))))
         dist.init_process_group("gloo", timeout=timedelta(minutes=10))
     return world
 

@@ -59,7 +59,10 @@ def read_texts(patterns: list[str]) -> list[str]:
     for pattern in patterns:
         path = Path(pattern)
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in TEXT_SUFFIXES and p.is_file())
+            inside = [p for p in path.rglob("*") if p.is_file()]
+            found = sorted(p for p in inside if p.suffix.lower() in TEXT_SUFFIXES)
+            if left := len(inside) - len(found):
+                print(f"{pattern}: {len(found)} files read, {left} left out (not {', '.join(sorted(TEXT_SUFFIXES))})")
             if not found:
                 raise UserError(f"the folder {pattern} holds no file ending in {', '.join(sorted(TEXT_SUFFIXES))}")
         elif path.is_file():
@@ -120,6 +123,7 @@ def main(argv: list[str]) -> None:
     if Path(name).name != name:
         raise UserError(f"name={name!r} must be a plain name, not a path")
     folder = Path(cfg.data_dir) / name
+    texts = [] if named else read_texts(sources)  # first: what cannot be read must not replace anything
     if not cfg.force and (folder / data.MANIFEST).is_file():
         if named:
             there = data.open_dataset(folder)
@@ -131,14 +135,16 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{folder} holds something else: type --name=another")
 
     kind = NAMED[named] if named else cfg.tokenizer
-    texts = [fetch(SHAKESPEARE).decode("utf-8")] if named else read_texts(sources)
+    texts = texts or [fetch(SHAKESPEARE).decode("utf-8")]
     train, val = split(texts, cfg.val_fraction)
     tokenizer = GPT2Tokenizer() if kind == "gpt2" else CharTokenizer.train("".join(texts))
     splits = {"train": tokenize(train, tokenizer, "train"), "val": tokenize(val, tokenizer, "val")}
     needed = sum(4 * len(ids) for ids in splits.values()) + 2**20
     existing = next(p for p in [folder.resolve(), *folder.resolve().parents] if p.exists())
     if shutil.disk_usage(existing).free < needed:
-        raise UserError(f"{existing} has less than the {needed >> 20} MiB free that this data set needs")
+        raise UserError(
+            f"{existing} has less than the {needed >> 20} MiB free that this data set needs: type --data_dir=elsewhere"
+        )
     if short := [s for s, ids in splits.items() if not len(ids)]:
         raise UserError(f"the text is too short: its {short[0]} split is empty")
     try:

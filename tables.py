@@ -397,8 +397,9 @@ PARTS = {"ladder": rung_table, "verify": verify_table}
 
 def blocks(result: dict, words: list[str] | None = None) -> list[Block]:
     """A result as tables and paragraphs; of the part of it that words name, if any. ValueError if it has none."""
-    if result.get("kind") not in KINDS:
-        raise ValueError(f"kind {result.get('kind')!r} is none of {', '.join(KINDS)}")
+    kind = result.get("kind") if isinstance(result, dict) else None
+    if kind not in KINDS:
+        raise ValueError(f"kind {kind!r} is none of {', '.join(KINDS)}")
     if not words:
         return KINDS[result["kind"]](result)
     if result["kind"] not in PARTS:

@@ -19,6 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor, nn
@@ -307,14 +308,18 @@ class Log:
             import wandb
 
             mode, name = run.cfg.wandb, out_dir.name
-            self.wandb = wandb.init(
-                project=run.cfg.wandb_project,
-                name=name,
-                mode=mode,
-                dir=out_dir,
-                config=asdict(run.cfg),
-                resume=resumed or None,
-            )
+            try:
+                self.wandb = wandb.init(
+                    project=run.cfg.wandb_project,
+                    name=name,
+                    mode=mode,
+                    dir=out_dir,
+                    config=asdict(run.cfg),
+                    resume=resumed or None,
+                )
+            except Exception as e:  # of its own many kinds: no key, no network, no quota
+                reason = str(e).strip().partition("\n")[0] or type(e).__name__
+                raise UserError(f"wandb does not start ({reason}): type wandb login, or --wandb=offline") from None
 
     def write(self, record: dict) -> None:
         if self.file:
@@ -340,28 +345,32 @@ def duration(seconds: float) -> str:
     return f"{h}h{m:02d}m" if h else f"{m}m{s:02d}s" if m else f"{s}s"
 
 
-def prepare_out_dir(cfg: Config, world: parallel.World) -> Path:
-    """Make the run's folder; an earlier run in it is moved aside, aloud, unless this one resumes it."""
-    out = Path(cfg.out_dir)
+def prepare_out_dir(cfg: Config, world: parallel.World) -> tuple[Path, IO | None]:
+    """(the run's folder, the open file that locks it). An earlier run in it is moved aside, aloud, unless this resumes it."""
+    out, held = Path(cfg.out_dir), None
     if world.first:
         try:
             if not cfg.resume and out.is_dir() and any(out.iterdir()):
                 if not (out / "log.jsonl").is_file():
                     raise UserError(f"out_dir={out} holds something that is not a run: type --out_dir=another/folder")
+                checkpoint.lock(out).close()  # nobody else's
                 aside = next(p for n in range(1, 10_000) if not (p := out.with_name(f"{out.name}.{n}")).exists())
                 out.rename(aside)
                 print(f"{out} held an earlier run: moved to {aside} (to go on from a run instead, type --resume)")
             out.mkdir(parents=True, exist_ok=True)
+            held = checkpoint.lock(out)
             checkpoint.write_config(out, cfg)
         except OSError as e:
             raise UserError(f"cannot write to out_dir={out}: {e.strerror}; type --out_dir=another/folder") from None
-    return out
+    return out, held
 
 
 def resume(run: Run, out: Path) -> int:
     """Load the newest checkpoint into the run; returns the steps done. UserError if it is of another model or data set."""
     folder = checkpoint.newest(out, say=print if run.world.first else lambda _: None)
     before = checkpoint.read_config(folder)
+    if before.dataset != run.cfg.dataset:
+        raise UserError(f"{folder} was trained on {before.dataset}, not {run.cfg.dataset}: type --dataset={before.dataset}")
     model_fields = set(configurator.GPTConfig.__dataclass_fields__) - {"attention", "dropout"}
     for name, (old, new) in configurator.diff(before, run.cfg).items():
         if name in model_fields:
@@ -396,7 +405,7 @@ def train(cfg: Config) -> None:
     if cfg.wandb != "off" and find_spec("wandb") is None:
         raise UserError("wandb is not installed: type pip install wandb, or --wandb=off")
     start_step = resume(run, Path(cfg.out_dir)) if cfg.resume else 0
-    out = prepare_out_dir(cfg, world)  # once nothing speaks against the run any more
+    out, held = prepare_out_dir(cfg, world)  # once nothing speaks against the run any more
     parallel.wait_for_all()
     log = Log(run, out, resumed=cfg.resume)
     say(f"config of {out}:\n{configurator.describe(cfg)}")
@@ -480,6 +489,8 @@ def train(cfg: Config) -> None:
             break
     log.close()
     run.close()
+    if held:
+        held.close()
     if stopping:
         sys.exit(128 + stopping[0])
 

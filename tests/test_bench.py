@@ -461,10 +461,10 @@ def test_micro_batches_keep_their_ratio_and_all_else_its_size(rungs, impossible,
 
 def test_more_processes_than_cores_are_a_reason(rungs, chain, monkeypatch):
     """For real: only the processes' rung needs two cores, and this process has one."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(machine, "cores", lambda: 1)
     two = next(r for r in rungs if r.cfg.processes > 1)
     assert "2 cores" in bench.cannot_be_had(replace(two.cfg, compile=False), CPU)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(machine, "cores", lambda: 2)
     assert bench.cannot_be_had(replace(two.cfg, compile=False, batch_size=4), CPU) is None
 
 
@@ -768,7 +768,7 @@ def real(prepared, tiny_run, tmp_path_factory) -> tuple[dict, str]:
     """(the results, what was printed) of `bench.py ladder` over two real rungs and one that needs more cores."""
     folder = tmp_path_factory.mktemp("ladder")
     values = tiny_run | dict(compile=False, fused_adamw=False, prefetch=False)
-    rungs = ["", "fused_adamw=True", f"fused_adamw=True, processes={torch.get_num_threads() + 1}"]
+    rungs = ["", "fused_adamw=True", f"fused_adamw=True, processes={machine.cores() + 1}"]
     for number, more in enumerate(rungs):
         text = f"from dataclasses import replace\nfrom configurator import Config\nconfig = Config(**{values!r})\n"
         text += f"config = replace(config, {more})\n"
@@ -781,7 +781,7 @@ def real(prepared, tiny_run, tmp_path_factory) -> tuple[dict, str]:
         printed = []
         capture.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
         bench.main(argv)
-    (path,) = (folder / "results").glob("*/ladder.json")
+    (path,) = (folder / "results").glob("*/ladder.trial.json")  # one layer is no measurement
     assert path.parent == bench.results_dir(Sizes(out=f"{folder}/results"), CPU)
     return json.loads(path.read_text(encoding="utf-8")), "\n".join(printed)
 
@@ -843,7 +843,7 @@ def test_the_table_has_a_row_per_rung_and_names_the_skipped(real):
     assert "fused_adamw False → True" in text
     assert text.count("skipped") == 2  # in its row, and with its reason below
     assert found["rungs"][2]["skipped"] in text
-    assert "ladder.json" in printed
+    assert "ladder.trial.json" in printed
 
 
 # ---- the command line -------------------------------------------------------------------------------------------------
