@@ -47,7 +47,7 @@ def ladder(factor: float = 1.0, kind: str = "ladder") -> dict:
     rungs = [
         rung("r00_fp32", "r00_fp32", {}, [[200, 202], [198, 200], [201, 199]], [4.6, 4.5]),
         dict(name="r01_tf32", title="", versus="r00_fp32", changes={"fp32_precision": ["ieee", "tf32"]}, skipped="not here"),
-        rung("r03_compile", "r01_tf32", {"compile": [False, True]}, last, [4.6, 4.5004]),
+        rung("r03_compile", "r01_tf32", {"compile": [False, True]}, last, [4.6, 4.50004]),
     ]
     rates = dict(peak_flops=None, gemm_float32_flops=1e11, gemm_bfloat16_flops=4e11, copy_bytes_per_s=2e10)
     return head(kind) | dict(ceilings=rates, rungs=rungs)
@@ -170,7 +170,7 @@ def test_numbers_of_the_ladders_table():
     assert last[0] == "compile False → True"
     assert last[2:6] == ["1,280", "1.99× [1.99, 2.02]", "1.99×", "50%"]
     flops = 6 * (12 * 2 * 64**2 + 100 * 64) + 12 * 2 * 64 * 32  # per token
-    assert last[8:] == [f"{1280 * flops / 1e11:.0%}", "4.0e-04"]
+    assert last[8:] == [f"{1280 * flops / 1e11:.0%}", "4.0e-05"]
 
 
 def test_why_sums_to_its_step_and_advises_what_is_worth_it():
@@ -544,3 +544,11 @@ def test_browser_sees_what_leaves_the_page(browser, tmp_path):
     browser.show(path.as_uri(), 360, "light")
     assert browser.requests() == [path.as_uri(), "http://example.invalid/x.png"]
     assert browser.value("document.documentElement.scrollWidth") > 360
+
+
+def test_a_rung_that_learns_something_else_is_marked():
+    """Within rounding it is a number, beyond it the row says so."""
+    result = ladder()
+    assert "TOO FAR" not in report.as_text(result)
+    result["rungs"][2]["losses"] = [4.6, 4.5004]  # float32
+    assert "TOO FAR" in report.as_text(result)
