@@ -172,13 +172,7 @@ def ceilings(cfg: Config) -> dict:
     n, repeats = (8192, 20) if device.type == "cuda" else (1536, 6)
 
     def best(work: Callable[[], Any]) -> float:
-        times = []
-        for _ in range(repeats):
-            began = time.perf_counter()
-            work()
-            machine.synchronize(device)
-            times.append(time.perf_counter() - began)
-        return min(times)
+        return machine.best_seconds(device, work, repeats)
 
     rates: dict[str, Any] = {"peak_flops": machine.peak_flops(device), "machine": machine.describe(device)}
     for dtype in (torch.float32, torch.bfloat16):

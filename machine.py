@@ -10,6 +10,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -194,6 +196,17 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def best_seconds(device: torch.device, work: Callable[[], object], repeats: int) -> float:
+    """Seconds that `work` takes, the best of some repeats: the first starts what has to be started."""
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        work()
+        synchronize(device)
+        times.append(time.perf_counter() - began)
+    return min(times)
 
 
 def hardware_name(device: torch.device) -> str:

@@ -274,24 +274,12 @@ def floors(cfg: Config, ceilings: dict, processes: int = 1) -> dict[str, Floor]:
 FUSED = 2.0
 
 
-def best_seconds(device: torch.device, work: Callable[[], object]) -> float:
-    """Seconds that `work` takes, tried now: the best of four, the first of which starts what has to be started."""
-    times = []
-    for _ in range(4):
-        began = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return min(times)
-
-
 def head_seconds(cfg: Config, device: torch.device, n: int) -> float:
     """What the output head's three matmuls take for n tokens, tried now."""
     dtype = machine.DTYPES[cfg.dtype]
     x, w = (torch.randn(rows, cfg.n_embd, device=device).to(dtype) for rows in (n, cfg.padded_vocab_size))
     y = x @ w.T
-    return best_seconds(device, lambda: (x @ w.T, y @ w, y.T @ x))
+    return machine.best_seconds(device, lambda: (x @ w.T, y @ w, y.T @ x), repeats=4)
 
 
 def attention_seconds(cfg: Config, device: torch.device, micro_batch: int) -> float:
@@ -299,7 +287,7 @@ def attention_seconds(cfg: Config, device: torch.device, micro_batch: int) -> fl
     shape = (micro_batch, cfg.n_head, cfg.T, cfg.n_embd // cfg.n_head)
     dtype = machine.DTYPES[cfg.dtype]
     qkv = [torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(3)]
-    return best_seconds(device, lambda: ATTENTION_FORMS[cfg.attention](*qkv, cfg.dropout).sum().backward())
+    return machine.best_seconds(device, lambda: ATTENTION_FORMS[cfg.attention](*qkv, cfg.dropout).sum().backward(), repeats=4)
 
 
 def advise(run: train.Run, ms: dict[str, float], ceilings: dict, kernel_ms: float) -> list[dict]:
