@@ -1,0 +1,12 @@
+"""GPT-2 large's shape (774M) on the same 10 billion tokens: peak learning rate 2.5e-4 (GPT-3 paper, table 2.1, 760M).
+
+    torchrun --nproc_per_node=8 train.py config/gpt2_774m.py
+
+Expect: not measured here. Chinchilla's rule of thumb asks for 15 billion tokens at this size.
+"""
+
+from dataclasses import replace
+
+from config.gpt2_124m import config as gpt2_124m
+
+config = replace(gpt2_124m, n_layer=36, n_head=20, n_embd=1280, batch_size=16, learning_rate=2.5e-4, min_lr=2.5e-5)
