@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test
+.PHONY: train test faults
 
 train: .venv/installed
 	$(BIN)/python prepare_data.py shakespeare
@@ -18,6 +18,9 @@ train: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+faults: .venv/installed
+	$(BIN)/python tests/faults.py
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

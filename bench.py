@@ -9,6 +9,9 @@
     python bench.py sampling           tokens/s with and without the KV cache
     python bench.py stages             what each stage of config/stages/ reaches
     python bench.py shakespeare        what `make train` does, timed from a cold compiler cache: train, then sample
+    python bench.py run config.py      one whole run: its losses, its evaluation, a text that it writes
+    python bench.py safety             what it costs to be reproducible, and to save
+    python bench.py kills              config/shakespeare.py killed at twenty random moments, against the same undisturbed
 
 Each measurement is a fresh process. Rounds are interleaved (all configs, then all again), so that drift of a shared machine
 hits all alike. Results go to results/<hardware>/<command>.json as raw numbers; report.py computes everything that is printed.
@@ -20,6 +23,7 @@ import json
 import math
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,6 +38,7 @@ from tqdm import tqdm
 
 import configurator
 import machine
+import prove
 import report
 from configurator import Config
 from model import UserError
@@ -151,6 +156,8 @@ def measure(cfg: Config, steps: int, min_timed: int) -> dict:
             raise
         return {"error": f"out of memory: {str(e).splitlines()[0]}", "out_of_memory": True}
     wrong = train.mismatches(run, on)
+    if on["micro_batch"] != cfg.split_step(run.world.size)[0]:  # a step that was cut smaller is another measurement
+        return {"error": f"out of memory: only micro-batches of {on['micro_batch']} fit", "out_of_memory": True}
     result = {
         "requested": asdict(run.cfg),
         "effective": on,
@@ -285,6 +292,8 @@ def cannot_be_had(cfg: Config, device: torch.device) -> str | None:
         machine.check_fp32_precision(cfg.fp32_precision, device)
     except UserError as e:
         return str(e)
+    if cfg.attention == "blocked" and device.type != "cpu":
+        return "a flash kernel leaves out the scores above the diagonal already"
     there = torch.cuda.device_count() if device.type == "cuda" else machine.cores()
     if cfg.processes > there:
         return f"it needs {cfg.processes} {'GPUs' if device.type == 'cuda' else 'cores'}, there is {there}"
@@ -565,6 +574,87 @@ def shakespeare(sizes: Sizes, device: torch.device) -> dict:
     }
 
 
+def whole_run(paths: list[str], sizes: Sizes) -> dict:
+    """Train a config from its first step to its last, evaluate it, let it write."""
+    if len(paths) != 1:
+        raise UserError("one whole run of what? type python bench.py run config/tinystories_sample.py")
+    places = [f"--data_dir={sizes.data_dir}", f"--device={sizes.device}"]
+    Path("out").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir="out") as folder:
+        out, texts, seconds = f"{folder}/run", {}, {}
+        commands = {
+            "train": ["train.py", *paths, *places, f"--out_dir={out}", *(["--max_steps=4"] if sizes.quick else [])],
+            "evaluate": ["evaluate.py", out, *places, f"--out={folder}/evaluation.json"],
+            "sample": ["sample.py", out, "--max_new_tokens=150", "--temperature=0.8", places[1]],
+        }
+        for name, command in commands.items():
+            began = time.perf_counter()
+            done = subprocess.run([sys.executable, *command], capture_output=True, encoding="utf-8")
+            seconds[name], texts[name] = time.perf_counter() - began, done.stdout
+            if done.returncode:
+                raise UserError(f"{' '.join(command)}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+        records = [json.loads(line) for line in Path(out, "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        evaluation = json.loads(Path(folder, "evaluation.json").read_text(encoding="utf-8"))
+    steps = [r for r in records if "loss" in r]
+    return header("run", sizes) | {
+        "config": paths[0],
+        "requested": next(r["config"] for r in records if "config" in r),
+        "parameters": next(r["effective"]["parameters"] for r in records if "effective" in r),
+        "seconds": seconds,
+        "losses": [round(r["loss"], 4) for r in steps],
+        "val_losses": {str(r["step"]): r["val_loss"] for r in records if "val_loss" in r},
+        "tokens_per_s": statistics.median(r["tokens_per_s"] for r in steps[1:]),
+        "evaluation": evaluation,
+        "sample": texts["sample"],
+    }
+
+
+def safety(sizes: Sizes, device: torch.device) -> dict:
+    """Step time with and without deterministic kernels; what a save holds up, in the foreground and in the background."""
+    cfg = replace(configurator.load_file("config/shakespeare.py"), device=sizes.device, data_dir=sizes.data_dir)
+    kernels: dict[str, list[list[float]]] = {"deterministic": [], "any": []}
+    saving: dict[str, list[dict]] = {"background": [], "foreground": []}
+    few, steps = (1, 12) if sizes.quick else (sizes.rounds, 48)
+    for _ in tqdm(range(few), desc="safety", disable=None):
+        for name, rounds in kernels.items():
+            found = in_fresh_process(replace(cfg, deterministic=name == "deterministic"), steps=steps, min_timed=steps // 2)
+            if "error" in found:
+                raise UserError(found["error"])
+            rounds.append(found["step_s"][found["warmup"] :])
+        for name, runs in saving.items():
+            with tempfile.TemporaryDirectory(dir="out") as folder:
+                flags = [f"--out_dir={folder}/run", f"--device={sizes.device}", f"--data_dir={sizes.data_dir}"]
+                flags += [f"--max_steps={steps}", f"--checkpoint_interval={steps // 3}", "--keep_best=False"]
+                flags += [f"--background_save={name == 'background'}", f"--eval_tokens={cfg.T}"]
+                command = [sys.executable, "train.py", "config/shakespeare.py", *flags]
+                done = subprocess.run(command, capture_output=True, encoding="utf-8")
+                if done.returncode:
+                    raise UserError(f"{' '.join(command[1:])}: {done.stderr.strip().splitlines()[-1]}")
+                lines = Path(folder, "run", "log.jsonl").read_text(encoding="utf-8").splitlines()
+                runs.append(saves_in([json.loads(line) for line in lines]))
+    return header("safety", sizes) | {"kernels_s": kernels, "saving": saving, "requested": asdict(cfg)}
+
+
+def saves_in(records: list[dict]) -> dict:
+    """Of a run's log: what each save held up (the last, which everything waits for, left out), what it took, and all steps."""
+    saves = [r["step_done"] for r in records if r.get("event") == "saving"][:-1]
+    return {
+        "after_steps": saves,
+        "pause_ms": [r["pause_ms"] for r in records if r.get("event") == "saving" and r["step_done"] in saves],
+        "save_ms": [r["save_ms"] for r in records if r.get("event") == "saved" and r["step_done"] in saves],
+        "step_ms": [r["ms"] for r in records if "ms" in r],
+    }
+
+
+def kills(sizes: Sizes, device: torch.device) -> dict:
+    """The run of config/shakespeare.py, killed again and again, ends in the same bits as the undisturbed one."""
+    Path("out").mkdir(exist_ok=True)
+    cfg = replace(configurator.load_file("config/shakespeare.py"), device=sizes.device, data_dir=sizes.data_dir)
+    cfg = replace(cfg, checkpoint_interval=20, max_steps=60 if sizes.quick else cfg.max_steps)
+    with tempfile.TemporaryDirectory(dir="out") as folder:
+        return header("kills", sizes) | prove.prove_kills(replace(cfg, out_dir=folder), kills=2 if sizes.quick else 20)
+
+
 # ---- proof and explanation --------------------------------------------------------------------------------------------
 
 
@@ -624,8 +714,10 @@ MEASURES = {
     "sampling": sampling,
     "stages": stages,
     "shakespeare": shakespeare,
+    "safety": safety,
+    "kills": kills,
 }
-COMMANDS = [*MEASURES, "why", "ab", "compare"]
+COMMANDS = [*MEASURES, "run", "why", "ab", "compare"]
 
 
 def results_dir(sizes: Sizes, device: torch.device) -> Path:
@@ -650,13 +742,16 @@ def main(argv: list[str]) -> None:
     sizes = asked.by_device(device)
     # a look must not replace a measurement
     trial = ".trial" if sizes.quick or sizes.n_layer != Sizes.n_layer else ""
-    path = results_dir(sizes, device) / f"{command}{trial}.json"
+    of = f"_{Path(places[0]).stem}" if command == "run" and places else ""
+    path = results_dir(sizes, device) / f"{command}{of}{trial}.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)  # known before anything is measured
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror}; type --out=another/folder") from None
     if command == "ab":
         result = ab(places, asked, device)
+    elif command == "run":
+        result = whole_run(places, sizes)
     elif command == "why":
         result = why(places, asked, device)
     elif command in ("ladder", "ablate"):

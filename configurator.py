@@ -26,6 +26,10 @@ from model import GPTConfig, UserError
 
 Settings = TypeVar("Settings")
 
+# In files of strangers. Without a bound one could keep the builder of blocks busy for days, or overflow the size of a tensor;
+# published models stay several times below each.
+LARGEST = {"n_layer": 1000, "n_head": 2**11, "n_embd": 2**18, "block_size": 2**24, "vocab_size": 2**22, "vocab_multiple": 2**22}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(GPTConfig):
@@ -41,6 +45,9 @@ class Config(GPTConfig):
     seed: int = 1337
     """of the initial weights, dropout and data order"""
 
+    init_from: str = ""
+    """start from these weights instead of random ones: gpt2, owner/name on the hub, a folder of ours or in that layout"""
+
     # one optimizer step
     max_steps: int = 1000
     """optimizer steps in the whole run"""
@@ -48,8 +55,9 @@ class Config(GPTConfig):
     """tokens per optimizer step, over all processes; accumulation follows from it, so it alone decides what is learned"""
     sequence_length: int = 0
     """T, tokens per training sequence; 0: the whole block_size"""
-    batch_size: int = 16
-    """most sequences in one forward pass of a process (the micro-batch): a matter of memory and speed only"""
+    batch_size: int | Literal["auto"] = 16
+    """most sequences in one forward pass of a process (the micro-batch), a matter of memory and speed only; auto: as many as
+    fit"""
     learning_rate: float = 6e-4
     """peak learning rate (6e-4: GPT-3 paper, table 2.1, 125M)"""
     min_lr: float = 6e-5
@@ -76,32 +84,63 @@ class Config(GPTConfig):
     """how float32 matmuls are multiplied inside: exactly, or rounded to TF32 (CUDA) or bf16 (CPU) first"""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile; auto: on where a compiler is installed"""
-    compile_scope: Literal["model", "block"] = "model"
-    """model: one graph; block: one transformer block, compiled once and used n_layer times (starts sooner)"""
+    compile_scope: Literal["auto", "model", "block"] = "auto"
+    """model: one graph; block: one transformer block, compiled once and used n_layer times (starts sooner); auto: model, but
+    block under fsdp"""
     fused_adamw: bool | Literal["auto"] = "auto"
     """AdamW as one kernel over all parameters instead of a loop of small ones"""
     reuse_memory: bool | Literal["auto"] = "auto"
     """CPU with glibc: keep freed memory in the process, so that a step does not fault its pages in anew"""
     prefetch: bool = True
     """read the next micro-batch, and queue its copy from pinned memory to the GPU, while this one computes"""
+    deterministic: bool = False
+    """only kernels that give the same bits every time: a resumed run is then bit for bit the one that was never interrupted"""
     processes: int = 0
     """how many processes torchrun must have started; 0: any number"""
+    parallel: Literal["ddp", "zero1", "fsdp"] = "ddp"
+    """what several processes share out besides the tokens: nothing (ddp), optimizer state (zero1), all parameters too (fsdp)"""
 
     # the run
     out_dir: str = ""
     """where checkpoints and log.jsonl go; empty: out/<name of the config file>"""
-    resume: bool = False
-    """continue from the newest checkpoint in out_dir"""
+    resume: bool | Literal["auto"] = False
+    """continue from the newest checkpoint in out_dir; auto: if there is one, else begin"""
+    max_minutes: float = 0.0
+    """save and leave after so many minutes, to be resumed (time limits of clusters); 0: no limit"""
+    timeout_minutes: float = 10.0
+    """when no process has finished a step, a validation or a save for so long, say which one is stuck, and end"""
     log_interval: int = 10
     """steps between two log lines"""
     eval_interval: int = 250
     """steps between two validations; the last step always validates"""
     eval_tokens: int = 1_048_576
     """validate on this many tokens from the start of the validation split (or all of it, if shorter)"""
+    hellaswag_interval: int = 0
+    """steps between two evaluations on HellaSwag (evaluate.py); 0: none"""
+    hellaswag_rows: int = 0
+    """how many of its rows, spread evenly; 0: all 10,042, some minutes on a GPU"""
+    sample_interval: int = 0
+    """steps between two texts that the model writes, to look at; 0: none"""
+    sample_prompt: str = ""
+    """what those texts go on from; empty: the beginning of a document"""
     checkpoint_interval: int = 1000
     """steps between two checkpoints; the last step always saves"""
     keep_checkpoints: int = 2
     """how many of the newest checkpoints stay (the one before the newest is there if the newest is damaged)"""
+    keep_best: bool = True
+    """save whenever a validation is the best so far, and keep that checkpoint besides the newest"""
+    background_save: bool = True
+    """copy the state in memory and write it while training goes on; costs that copy's memory (12 bytes per parameter)"""
+    outlier_z: float = 8.0
+    """a loss or gradient norm so many standard deviations above the mean of those before it is an outlier; 0: do not look"""
+    outlier_window: int = 100
+    """how many steps before it that mean is taken over; no verdict before there are that many"""
+    on_outlier: Literal["continue", "skip", "stop"] = "continue"
+    """continue: flag and count it; skip: leave the optimizer step out as well; stop: write a crash capsule and end"""
+    replica_interval: int = 100
+    """steps between two comparisons of the processes' parameters by checksum; 0: never"""
+    curve: str = ""
+    """reference loss curve to compare with; empty: the config file's own, config/<name>.curve.json, if there is one; or off"""
     wandb: Literal["off", "online", "offline"] = "off"
     """log to Weights & Biases as well"""
     wandb_project: str = "nanoladder"
@@ -110,18 +149,14 @@ class Config(GPTConfig):
     def __post_init__(self):
         check_types(vars(self), Config)
         super().__post_init__()
-        counts = (
-            "tokens_per_step",
-            "batch_size",
-            "log_interval",
-            "eval_interval",
-            "eval_tokens",
-            "checkpoint_interval",
-        )
-        check_at_least(self, 1, *counts, "keep_checkpoints")
-        check_at_least(
-            self, 0, "max_steps", "warmup_steps", "learning_rate", "min_lr", "weight_decay", "grad_clip", "seed", "processes"
-        )
+        check_at_least(self, 1, "tokens_per_step", "log_interval", "eval_interval", "eval_tokens", "checkpoint_interval")
+        check_at_least(self, 1, "keep_checkpoints", *(["batch_size"] if self.batch_size != "auto" else []))
+        check_at_least(self, 2, "outlier_window")
+        check_at_least(self, 0, "max_steps", "warmup_steps", "learning_rate", "min_lr", "weight_decay", "grad_clip", "seed")
+        check_at_least(self, 0, "processes", "max_minutes", "outlier_z", "replica_interval", "sample_interval")
+        check_at_least(self, 0, "hellaswag_interval", "hellaswag_rows")
+        if self.timeout_minutes <= 0:
+            raise UserError(f"timeout_minutes={self.timeout_minutes} must be above 0")
         if self.seed >= 2**63:
             raise UserError(f"seed={self.seed} must be below 2**63")
         if self.schedule != "constant" and self.min_lr > self.learning_rate:
@@ -147,9 +182,9 @@ class Config(GPTConfig):
         """Tokens per training sequence."""
         return self.sequence_length or self.block_size
 
-    def split_step(self, world_size: int) -> tuple[int, int]:
-        """(micro-batch, accumulation steps) of each process: the largest micro-batch up to batch_size that divides its share
-        of the step. What the step learns from is the same for every answer. UserError if the shares are not equal.
+    def split_step(self, world_size: int, most: int = 0) -> tuple[int, int]:
+        """(micro-batch, accumulation steps) of each process: the largest micro-batch up to batch_size (or `most`) that divides
+        its share of the step. What the step learns from is the same for every answer. UserError if the shares are not equal.
         """
         sequences = self.tokens_per_step // self.T
         if sequences % world_size:
@@ -159,7 +194,8 @@ class Config(GPTConfig):
                 f"(which changes what is learned), or start another number of processes"
             )
         share = sequences // world_size
-        micro_batch = max(b for b in range(1, min(self.batch_size, share) + 1) if share % b == 0)
+        most = most or (share if self.batch_size == "auto" else self.batch_size)
+        micro_batch = max(b for b in range(1, min(most, share) + 1) if share % b == 0)
         return micro_batch, share // micro_batch
 
 
@@ -177,6 +213,13 @@ def check_at_least(settings: Any, least: int, *names: str) -> None:
     for name in names:
         if getattr(settings, name) < least:
             raise UserError(f"{name}={getattr(settings, name)} must be at least {least}")
+
+
+def check_sizes(values: dict[str, Any]) -> None:
+    """UserError if one of the sizes in a stranger's file is beyond LARGEST."""
+    for name, most in LARGEST.items():
+        if values.get(name, 0) > most:
+            raise UserError(f"{name}={str(values[name])[:20]} is above {most:,}, the largest that is read from a file")
 
 
 def _is_union(hint: Any) -> bool:
@@ -261,7 +304,11 @@ def parse(default: Settings, argv: list[str], description: str) -> Settings:
 
 def load_file(path: str) -> Config:
     """The `config` of a config file. UserError names the file and line for whatever is wrong in it."""
-    if not Path(path).is_file():
+    try:
+        there = Path(path).is_file()
+    except OSError:  # a name too long to be one
+        there = False
+    if not there:
         known = sorted(str(p) for p in Path("config").rglob("*.py") if p.name != "__init__.py")
         raise UserError(f"there is no config file {path}: {near_name(path, known)}")
     try:
@@ -297,6 +344,9 @@ def load(argv: list[str], description: str) -> Config:
     base = load_file(files[0]) if files else Config()
     if not base.out_dir:
         base = replace(base, out_dir=os.path.join("out", Path(files[0]).stem if files else "gpt2"))
+    if not base.curve:
+        beside = Path(files[0]).with_suffix(".curve.json") if files else None
+        base = replace(base, curve=str(beside) if beside and beside.is_file() else "off")
     return parse(base, flags, description)
 
 
@@ -326,12 +376,30 @@ def from_json(text: str, cls: type[Settings]) -> Settings:
     if unknown := sorted(set(values) - known):
         raise UserError(f"{unknown[0]} is not a setting of {cls.__name__}: {near_name(unknown[0], sorted(known))}")
     check_types(values, cls)  # before cls computes with them
+    check_sizes(values)
     return cls(**values)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """torch.OutOfMemoryError on a GPU; the CPU's allocator raises a plain RuntimeError."""
-    return bool(re.search("out of memory|can't allocate memory|not enough memory", str(error)))
+    """torch.OutOfMemoryError on a GPU; the CPU's allocator raises a plain RuntimeError, as does a thread without a stack."""
+    return bool(re.search("out of memory|can't allocate memory|not enough memory|can't start new thread", str(error)))
+
+
+def printable(text: str) -> str:
+    """A message in one line, and without anything that a terminal would obey: names in it may come from a stranger's file."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: ascii(found[0])[1:-1], text)
+
+
+def leave(status: int) -> None:
+    """End this process. One of a group at once, without Python's own clean-up: threads of gloo that still wait for the others
+    would make that hang, or abort with a line of their own."""
+    distributed = sys.modules.get("torch.distributed")  # not imported here: reading a config must not wait for torch
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    if status:
+        sys.exit(status)
 
 
 def entry(main: Callable[[list[str]], None]) -> None:
@@ -344,16 +412,17 @@ def entry(main: Callable[[list[str]], None]) -> None:
     except UserError as e:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(1)  # the first process says the same, and torchrun then ends this one; if not, it is ours to say
-        print(f"{who}error: {e}", file=sys.stderr)
-        sys.exit(2)
+        print(f"{who}error: {printable(str(e))}", file=sys.stderr)
+        leave(2)
     except RuntimeError as e:
         if not is_out_of_memory(e):
             raise
         said = str(e).partition("\n")[0]
         print(f"{who}error: out of memory ({said}): type a smaller --batch_size or a smaller model", file=sys.stderr)
-        sys.exit(2)
+        leave(2)
     except KeyboardInterrupt:
         print(f"\n{who}stopped", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `python sample.py … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    leave(0)

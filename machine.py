@@ -1,6 +1,7 @@
 """What this machine is and can do: its device, precisions, compiler, memory allocator and peak rates."""
 
 import ctypes
+import functools
 import os
 import platform
 import re
@@ -113,10 +114,54 @@ def memory_is_reused() -> bool:
     """
     for _ in range(8):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.empty(10 * 2**20).fill_(1.0)
+        try:
+            torch.empty(10 * 2**20).fill_(1.0)
+        except RuntimeError:
+            return False  # not even that much is left
         if resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 10:  # 10,240 pages of 4 KiB, or 20 huge ones
             return True
     return False
+
+
+def free_memory() -> int | None:
+    """Bytes that this machine, or the container it is, could still hand out; None where Linux does not say."""
+    try:
+        free = 1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1])
+        limit, now = (Path("/sys/fs/cgroup", n) for n in ("memory.max", "memory.current"))
+        if limit.is_file() and limit.read_text().strip() != "max":  # of a container
+            free = min(free, int(limit.read_text()) - int(now.read_text()))
+        return free
+    except (OSError, TypeError, ValueError):
+        return None  # another system
+
+
+def limit_memory() -> None:
+    """On Linux, let an allocation beyond the memory that is free now fail as an error that can be handled: the kernel grants
+    it, and kills the process without a word once it is used. Processes of one machine share what is free.
+    """
+    free = free_memory()
+    if free is None:
+        return
+    used = 1024 * int(re.search(r"VmData:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+    first, hard = _limits_at_first()
+    most = used + free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    resource.setrlimit(resource.RLIMIT_DATA, (most if first == resource.RLIM_INFINITY else min(most, first), hard))
+
+
+@functools.cache
+def _limits_at_first() -> tuple[int, int]:
+    """The limits that this process was started with: those set here must not add up."""
+    return resource.getrlimit(resource.RLIMIT_DATA)
+
+
+def set_deterministic(on: bool) -> None:
+    """Only kernels that give the same bits for the same inputs, every time, also under torch.compile."""
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(on)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a help for debugging that costs a write of each tensor
+    if torch.backends.cudnn.is_available():
+        torch.backends.cudnn.deterministic = on
 
 
 def resolve(cfg: Config, device: torch.device) -> tuple[Config, list[str]]:
@@ -128,6 +173,8 @@ def resolve(cfg: Config, device: torch.device) -> tuple[Config, list[str]]:
         said.append(f"dtype = {cfg.dtype}" + (" (no hardware bf16 here)" if cfg.dtype != "bfloat16" else ""))
     if cfg.dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError("dtype=bfloat16 cannot be had here: this GPU does not multiply it; type --dtype=float16")
+    if cfg.parallel == "fsdp" and cfg.dtype == "float16":  # its scaler looks for overflows in each process's own share only
+        raise UserError("parallel=fsdp cannot be had with dtype=float16: type --dtype=bfloat16 or float32")
     lacking = {
         "compile": why_no_compile(device),
         "fused_adamw": None,  # CUDA, MPS and CPU all have the kernel
@@ -140,6 +187,10 @@ def resolve(cfg: Config, device: torch.device) -> tuple[Config, list[str]]:
         if wanted == "auto":
             cfg = replace(cfg, **{name: reason is None})
             said.append(f"{name} = {reason is None}" + (f" ({reason})" if reason else ""))
+    if cfg.compile_scope == "auto":
+        cfg = replace(cfg, compile_scope="block" if cfg.parallel == "fsdp" else "model")
+        if cfg.compile:
+            said.append(f"compile_scope = {cfg.compile_scope}")
     return cfg, said
 
 
@@ -175,9 +226,11 @@ def fp32_precision_measured(device: torch.device) -> str:
 
 def peak_flops(device: torch.device) -> float | None:
     """Data-sheet bf16 peak of the device in FLOP/s, None if it is not in the table."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
+    return peak_flops_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def peak_flops_of(name: str) -> float | None:
+    """The same of a GPU by its name, wherever it is."""
     matches = [k for k in PEAK_FLOPS if re.match(rf"{k}(?![A-Za-z0-9])", name)]  # an L40 is no L4
     return PEAK_FLOPS[max(matches, key=len)] if matches else None
 
@@ -186,8 +239,11 @@ def memory_gib(device: torch.device) -> float:
     """Peak memory so far: of the device on CUDA, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    try:  # as workers.used(), which must not import torch: on Linux ru_maxrss begins with what the starting process held
+        return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
+    except OSError:
+        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB elsewhere
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def synchronize(device: torch.device) -> None:

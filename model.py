@@ -46,8 +46,9 @@ class GPTConfig:
     """where the weights start: GPT-2's normals, or what nn.Linear and nn.Embedding do by default"""
     scale_residual_init: bool = True
     """divide the initial weights of each residual branch's last linear by sqrt(2 * n_layer)"""
-    attention: Literal["naive", "sdpa"] = "sdpa"
-    """naive writes out the T x T scores; sdpa is PyTorch's fused kernel (flash where the device has it)"""
+    attention: Literal["naive", "blocked", "sdpa"] = "sdpa"
+    """naive writes out the T x T scores; blocked only those up to the diagonal, some queries at a time (the fastest on a CPU,
+    compiled); sdpa is PyTorch's fused kernel (flash where the device has it)"""
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "vocab_multiple", "n_layer", "n_head", "n_embd"):
@@ -98,6 +99,17 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     return F.dropout(weights, dropout) @ v
 
 
+def blocked_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """The same, a block of queries at a time, each with the keys that some query of it may see: with n blocks, (n + 1) / 2n of
+    the scores are computed and stored. Blocks of 128 queries, or two of them for a shorter text. Shapes as above.
+    """
+    T, S = q.size(-2), k.size(-2)
+    rows = max(16, min(128, T // 2))  # below 16 rows a block is no longer a matmul worth starting
+    seen = [S - T + min(start + rows, T) for start in range(0, T, rows)]  # the queries are the last T of the S positions
+    blocks = zip(q.split(rows, dim=-2), seen, strict=True)
+    return torch.cat([naive_attention(part, k[..., :s, :], v[..., :s, :], dropout) for part, s in blocks], dim=-2)
+
+
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     """The same, fused: the scores stay in cache tiles, so memory grows with T instead of T². Shapes as above."""
     T, S = q.size(-2), k.size(-2)
@@ -107,7 +119,7 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=T == S and T > 1)
 
 
-ATTENTION = {"naive": naive_attention, "sdpa": sdpa_attention}
+ATTENTION = {"naive": naive_attention, "blocked": blocked_attention, "sdpa": sdpa_attention}
 
 
 class KVCache:

@@ -8,6 +8,7 @@ import hashlib
 import html
 import io
 import re
+import statistics
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
@@ -102,6 +103,18 @@ def plot_losses(result: dict):
     return figure
 
 
+def plot_run(result: dict):
+    """Training and validation loss of a whole run."""
+    figure, axes = pyplot().subplots(figsize=(8, 4), layout="constrained")
+    axes.plot(range(1, len(result["losses"]) + 1), result["losses"], color=COLOURS[0], linewidth=1, label="training")
+    steps = sorted(map(int, result["val_losses"]))
+    values = [result["val_losses"][str(s)] for s in steps]
+    axes.plot(steps, values, color=COLOURS[1], marker="o", markersize=4, label="validation")
+    axes.set(title=result["config"], xlabel="step", ylabel="loss (nats per token)")
+    axes.legend(frameon=False)
+    return figure
+
+
 def plot_residual(result: dict):
     """The residual stream's standard deviation through the depth, with and without scaled projections."""
     figure, axes = pyplot().subplots(figsize=(8, 3.6), layout="constrained")
@@ -134,6 +147,85 @@ def plot_shares(result: dict):
     return figure
 
 
+def power_of_ten(x: float) -> str:
+    """4.2·10¹⁰"""
+    digits, exponent = f"{x:.1e}".split("e")
+    return f"{digits.removesuffix('.0')}·10{str(int(exponent)).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
+
+
+def mean_and_reach(groups: list[list[float]]) -> tuple[list[float], list[list[float]]]:
+    """(the mean of each group, how far below and above it the group reaches)."""
+    means = [statistics.fmean(g) for g in groups]
+    pairs = list(zip(means, groups, strict=True))
+    return means, [[m - min(g) for m, g in pairs], [max(g) - m for m, g in pairs]]
+
+
+def plot_isoflop(result: dict):
+    """Losses over size, budget by budget, with the law's curves and the run that it predicted; below, the best tokens per
+    parameter.
+    """
+    fit, held, guess = result["fit"], result["held_out"], result["held_out"]["predicted"]
+    colours = [c for c in COLOURS if c != COLOURS[4]]  # that one is the held-out run's
+    figure, (above, below) = pyplot().subplots(2, 1, figsize=(8, 8), height_ratios=(5, 3), layout="constrained")
+
+    def curve(C: float, low: float, high: float, **how) -> None:
+        sizes = [low * (high / low) ** (i / 60) for i in range(61)]
+        losses = [tables.law_loss(fit["law"], N, C / 6 / N) for N in sizes]
+        above.plot(sizes, losses, zorder=1, **how)
+        beside = dict(xytext=(6, 0), textcoords="offset points", va="center", fontsize="small")
+        above.annotate(power_of_ten(C), (sizes[-1], losses[-1]), **beside)
+
+    for level, colour in zip(fit["levels"], cycle(colours), strict=False):
+        C, best = level["budget"], level["law"]["N"]
+        runs = [r for r in result["runs"] if r["budget"] == C]
+        sizes = sorted({r["N"] for r in runs})
+        curve(C, sizes[0] / 1.15, sizes[-1] * 1.15, color=colour, linewidth=1.5)
+        means, reach = mean_and_reach([[r["loss"] for r in runs if r["N"] == N] for N in sizes])
+        above.errorbar(sizes, means, reach, color=colour, fmt="o", markersize=5, capsize=3, linewidth=1)
+        if best and sizes[0] / 1.15 <= best <= sizes[-1] * 1.15:
+            least = tables.law_loss(fit["law"], best, C / 6 / best)
+            above.plot([best], [least], color=colour, marker="D", markersize=9, fillstyle="none", markeredgewidth=1.5)
+    above.plot([], [], color=GREY, linestyle="none", marker="o", markersize=5, label="measured (whiskers: all seeds)")
+    above.plot([], [], color=GREY, marker="D", markersize=9, fillstyle="none", label="the law, and where it is least")
+    curve(held["budget"], held["N"] / 2, held["N"] * 2, color=GREY, linewidth=1.2, linestyle="--")
+    reach = [[guess["loss"] - guess["low"]], [guess["high"] - guess["loss"]]]
+    label = "what it predicts, with the 95% interval"
+    above.errorbar([held["N"]], [guess["loss"]], reach, color=GREY, capsize=6, linewidth=1.5, linestyle="--", label=label)
+    if held["runs"]:
+        means, reach = mean_and_reach([[r["loss"] for r in held["runs"]]])
+        how = dict(color=COLOURS[4], fmt="*", markersize=13, capsize=3, linewidth=1, label="what was then measured")
+        above.errorbar([held["N"]], means, reach, **how)
+    above.set(xscale="log", xlabel="parameters N", ylabel="validation loss (nats per token)")
+    above.set_title("Equal FLOPs (C = 6ND, beside each curve) on models of different sizes")
+    above.margins(x=0.1)
+    above.legend(frameon=False, fontsize="small", loc="lower left")
+
+    budgets = [level["budget"] for level in fit["levels"]]
+    known = [(level["budget"], level["law"]) for level in fit["levels"] if level["law"]["ratio"]]
+    below.plot([c for c, _ in known], [o["ratio"] for _, o in known], label="by the law, with its 95% interval")
+    ends = [(c, *o["ratio_interval"]) for c, o in known if None not in o["ratio_interval"]]
+    if ends:
+        below.fill_between(*zip(*ends, strict=True), color=COLOURS[0], alpha=0.2, linewidth=0)
+    label = "by a parabola through each budget's losses"
+    for c, found in ((level["budget"], level["parabola"]) for level in fit["levels"] if level["parabola"]["ratio"]):
+        low, high = found["ratio_interval"] or (found["ratio"], found["ratio"])
+        reach = [[max(0.0, found["ratio"] - (low or 0.0))], [max(0.0, (high or found["ratio"]) - found["ratio"])]]
+        how = dict(color=COLOURS[1], fmt="o", markersize=5, capsize=3, linewidth=1, label=label)
+        below.errorbar([c], [found["ratio"]], reach, **how)
+        label = None
+    below.axhline(tables.CHINCHILLA["ratio"], color=GREY, linestyle="--", linewidth=1, label="Chinchilla's, of BPE tokens")
+    below.set(xscale="log", yscale="log", xlabel="budget C (FLOPs)", ylabel="best tokens per parameter")
+    below.set_ylim(top=2.5 * below.get_ylim()[1])  # room for the legend
+    below.legend(frameon=False, fontsize="small", loc="upper left")
+    for axis in (above.xaxis, below.yaxis):  # 1, 2 and 5 of each power of ten, written out
+        axis.get_major_locator().set_params(subs=(1, 2, 5))
+        axis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+        axis.set_minor_formatter(lambda x, _: "")
+    below.set_xticks(budgets, [power_of_ten(c) for c in budgets])
+    below.xaxis.set_minor_formatter(lambda x, _: "")
+    return figure
+
+
 # kind of result -> its plots: (name of the file, what draws it, what it shows in words)
 PLOTS: dict[str, list[tuple[str, Callable, str]]] = {
     "ladder": [
@@ -142,7 +234,9 @@ PLOTS: dict[str, list[tuple[str, Callable, str]]] = {
     ],
     "ablate": [("ablate", plot_speed, "Bars: tokens per second of the top rung with each setting put back, as in the table")],
     "stages": [("residual", plot_residual, "Lines: standard deviation of the residual stream behind each block")],
+    "run": [("run", plot_run, "Lines: training and validation loss of each step")],
     "why": [("shares", plot_shares, "Bars: milliseconds of each part of a step beside its floor, as in the table")],
+    "scale": [("isoflop", plot_isoflop, "Curves: loss over size at equal FLOPs, a predicted run; best tokens per parameter")],
 }
 
 
@@ -167,7 +261,8 @@ def plots(sources: list[Path], docs: Path) -> list[tuple[Path, Path, Callable, s
         if result["kind"] in ("ladder", "ablate") and not tables.measured(result):
             continue
         for name, draw, words in PLOTS.get(result["kind"], []):
-            found.append((docs / f"{name}-{source.parent.name}.svg", source, draw, words))
+            which = source.stem.removeprefix(result["kind"])  # run_enwik8.json
+            found.append((docs / f"{name}{which}-{source.parent.name}.svg", source, draw, words))
     return found
 
 
@@ -240,7 +335,20 @@ SECTIONS = {
     "ablate": ("The ablation", "The top rung with one setting put back at a time: what each is worth when all others are on."),
     "why": ("Where a step goes", "One profiled step, each part beside the least time that it can take on this machine."),
     "verify": ("Proof", "Every setting against a float64 reference that shares no line with the model or the optimizer."),
+    "scale": (
+        "Scaling laws",
+        "Equal FLOPs on models of different sizes, the law fitted to all of them, and a larger run that it predicted.",
+    ),
     "shakespeare": ("The main job", "What make train does, from an empty compiler cache, and the text that it ends with."),
+    "run": ("Whole runs", "A config from its first step to its last, evaluated, and a text that the model wrote."),
+    "evaluate": ("Evaluation", "What a model is worth on text that it has not seen."),
+    "data": (
+        "Preparing data",
+        "Tokens per second of the whole pipeline beside those of the tokenizer alone on the same cores.",
+    ),
+    "faults": ("When things go wrong", "Faults that were really caused, and what became of the run."),
+    "kills": ("Twenty kills", "The real run, killed at random moments, against the same undisturbed."),
+    "safety": ("What safety costs", "Reproducible kernels, and saving in the foreground and in the background."),
     "stages": ("The stages", "From GPT-2's shape with random weights to GPT-2's own initialisation."),
     "sampling": ("Sampling", "Decoding with and without the cache of keys and values."),
     "ab": ("Two configs", "Seed by seed, in alternating order."),

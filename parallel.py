@@ -1,13 +1,27 @@
-"""Everything that knows of more than one process: set-up, wrapping, reductions.
+"""Everything that knows of more than one process: set-up, wrapping, reductions, and what to do when one of them is stuck.
 
 `torchrun --nproc_per_node=N train.py …` starts N processes and tells each its place in environment variables. Without
 torchrun there is one process, no process group, and every function here is the identity.
+
+The order of wrapping lives here alone: compile (train.py), then shard or replicate, then the optimizer over the result.
+
+    ddp    every process has everything; gradients are averaged while backward runs
+    zero1  the same, but each process keeps AdamW's moments, and updates, only for its own share of the parameters
+    fsdp   each process keeps its share of every parameter, gradient and moment; a block's are gathered while it computes
 """
 
 import contextlib
+import hashlib
+import json
 import os
-from dataclasses import dataclass
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,6 +29,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import machine
+from model import GPT, UserError
+
+MEETING_SECONDS = 15  # to find the store that rank 0, or torchrun, opens: all start together, so later is never
+REMEDY = "start all with one torchrun per machine and the same --rdzv-endpoint, on a free port"
 
 
 @dataclass(frozen=True)
@@ -24,6 +42,7 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    store: dist.Store | None = field(default=None, repr=False)  # small texts that all can read; None if this one is alone
 
     @property
     def first(self) -> bool:
@@ -31,17 +50,60 @@ class World:
         return self.rank == 0
 
 
-def start(device: torch.device) -> World:
-    """Join the processes torchrun started; nccl between GPUs, gloo between CPUs, whose cores they share out."""
-    world = World(*(int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
-    if world.size > 1 and device.type == "cuda":
+def attempt() -> int:
+    """How often torchrun (--max-restarts) has started this run anew."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+@contextlib.contextmanager
+def deadline(seconds: float, message: str) -> Iterator[None]:
+    """What is not done after so many seconds ends the process with one line: torch's own client would try for minutes more,
+    and print its stack each time.
+    """
+
+    def give_up() -> None:
+        print(f"[rank {os.environ.get('RANK', '0')}] error: {message}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def start(device: torch.device, timeout_minutes: float = 10.0) -> World:
+    """Join the processes torchrun started; nccl between GPUs, gloo between CPUs, whose cores they share out.
+
+    UserError if they do not meet. A collective fails a minute after timeout_minutes: Watch has spoken by then.
+    """
+    rank, size, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if size == 1:
+        return World(rank, size, local_rank)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=timedelta(minutes=10), device_id=device)
-    elif world.size > 1:
-        # torchrun gives each process one thread, however many cores there are
-        torch.set_num_threads(max(1, machine.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", world.size))))
-        dist.init_process_group("gloo", timeout=timedelta(minutes=10))
-    return world
+    else:  # torchrun gives each process one thread, however many cores there are
+        torch.set_num_threads(max(1, machine.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", size))))
+    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    try:
+        hosting = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        wait = timedelta(minutes=timeout_minutes)
+        with deadline(MEETING_SECONDS, f"process {rank} of {size} finds nobody at {host}:{port}: {REMEDY}"):
+            store = dist.TCPStore(host, int(port), size, hosting, timeout=wait, wait_for_workers=False)
+        store = dist.PrefixStore(f"attempt_{attempt()}", store)
+        patience = timedelta(minutes=timeout_minutes + 1)
+        store.set_timeout(patience)
+        backend, where = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience, device_id=where)
+    except (ValueError, RuntimeError) as e:  # dist.DistError is a RuntimeError
+        reason = str(e).strip().partition("\n")[0]
+        raise UserError(
+            f"process {rank} of {size} does not meet the others at {host or '(no MASTER_ADDR)'}:{port or '(no MASTER_PORT)'} "
+            f"({reason}): {REMEDY}"
+        ) from None
+    return World(rank, size, local_rank, store)
 
 
 def stop() -> None:
@@ -55,16 +117,125 @@ def size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def wrap(model: nn.Module, world: World, device: torch.device) -> nn.Module:
-    """Replicate a (compiled) model: gradients are averaged over the processes while backward runs."""
-    if world.size == 1:
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether an exchange failed because another process has gone; gloo and nccl have many words for it."""
+    return size() > 1 and bool(re.search(r"by peer|gloo|NCCL|ProcessGroup|Broken pipe|[Ss]ocket", str(error)))
+
+
+def agree(world: World, facts: dict) -> None:
+    """UserError, the same in every process, unless all of them bring equal facts (one level of names, JSON values).
+
+    Processes that were started with different settings, code or data would hang, or train a mixture of both.
+    """
+    if world.store is None:
+        return
+    world.store.set(f"facts/{world.rank}", json.dumps(facts))
+    if world.first:
+        different = []
+        for rank in range(1, world.size):
+            theirs = json.loads(world.store.get(f"facts/{rank}"))
+            names = [n for n in facts.keys() | theirs.keys() if facts.get(n) != theirs.get(n)]
+            for n in sorted(names):
+                different.append(f"{n} is {facts.get(n)!r} in process 0 and {theirs.get(n)!r} in process {rank}")
+        world.store.set("facts/verdict", "; ".join(different[:3]))
+    if verdict := world.store.get("facts/verdict").decode():
+        world.store.set(f"facts/read/{world.rank}", "")
+        if world.first:  # it may keep the store: the others must have read before it ends
+            with contextlib.suppress(RuntimeError):
+                world.store.wait([f"facts/read/{rank}" for rank in range(world.size)], timedelta(seconds=10))
+        raise UserError(f"the processes were not started alike: {verdict}: start all with the same command, code and data")
+
+
+def code_sha256() -> str:
+    """Of this program's own files, all of which lie beside this one."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(p.name.encode() + p.read_bytes() for p in files)).hexdigest()[:16]
+
+
+# ---- engines ----------------------------------------------------------------------------------------------------------
+
+
+def shard(model: GPT, engine: str, world: World, device: torch.device) -> None:
+    """Under fsdp, leave each process its share of every parameter, in place. Block by block, so that no more than one
+    block (and the embeddings) is ever whole."""
+    if engine == "fsdp" and world.size > 1:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard  # half a second, for those who shard
+
+        mesh = init_device_mesh(device.type, (world.size,))
+        for block in model.transformer.h:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh, reshard_after_forward=True)  # or a look at the weights between steps finds them whole
+
+
+def wrap(model: nn.Module, engine: str, world: World, device: torch.device) -> nn.Module:
+    """Replicate a (compiled) model, unless it is sharded: gradients are averaged over the processes while backward runs."""
+    if world.size == 1 or engine == "fsdp":
         return model
     return DDP(model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
 
 
+def optimizer(groups: list[dict], engine: str, **how) -> torch.optim.Optimizer:
+    """AdamW over parameter groups; under zero1 with its state dealt out over the processes, whole parameters each."""
+    if engine != "zero1" or not dist.is_initialized():
+        return torch.optim.AdamW(groups, **how)
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    # as views of buckets, parameters are sent a process's share at a time instead of one by one (148 messages for 124M)
+    return ZeroRedundancyOptimizer(groups, optimizer_class=torch.optim.AdamW, parameters_as_bucket_view=True, **how)
+
+
+def own(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The AdamW that holds this process's share of the state."""
+    return optimizer.optim if deals_out(optimizer) else optimizer
+
+
+def deals_out(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is torch's ZeroRedundancyOptimizer, told without importing it."""
+    return hasattr(optimizer, "consolidate_state_dict")
+
+
+def local(t: Tensor) -> Tensor:
+    """This process's share of a tensor: all of it, unless it is sharded."""
+    return t.to_local() if hasattr(t, "to_local") else t
+
+
+def state_mib(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> list[float]:
+    """What each process keeps from step to step, parameters, gradients and moments, in MiB."""
+    moments = [t for state in own(optimizer).state.values() for t in state.values()]
+    weights = [local(p) for p in model.parameters()]
+    size = sum(local(t).numel() * t.element_size() for t in [*weights, *weights, *moments])  # a gradient is as large
+    return [round(part.item(), 2) for part in gather(torch.tensor(size / 2**20, device=device))]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether fully_shard has been here, told without importing it."""
+    return hasattr(model, "unshard")
+
+
+def shares_state(net: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether each process has only its share of the state, so that all must write it."""
+    return is_sharded(net) or deals_out(optimizer)
+
+
+def engine_of(net: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    """The engine, read back from what it has made; of one process, any will do."""
+    if is_sharded(net):
+        return "fsdp"
+    if size() > 1 and not isinstance(net, DDP):
+        return "none"
+    return "zero1" if deals_out(optimizer) else "ddp"
+
+
 def gradient_sync(model: nn.Module, on: bool):
-    """A context in which backward exchanges gradients, or (on=False, all but the last micro-step) only adds them up."""
+    """A context in which backward exchanges gradients, or (on=False, all but the last micro-step) only adds them up.
+
+    A sharded model exchanges every time: whole gradients would take the memory that sharding saves.
+    """
     return contextlib.nullcontext() if on or not isinstance(model, DDP) else model.no_sync()
+
+
+# ---- reductions -------------------------------------------------------------------------------------------------------
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
@@ -92,3 +263,87 @@ def wait_for_all() -> None:
     """Return once every process has come here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+@torch.no_grad()
+def different_replicas(model: nn.Module) -> list[str]:
+    """["transformer.wte.weight in process 1", …]: parameters whose bits are not those of process 0. Compares 8 bytes each.
+
+    The sum of the bits taken as integers: any single change shows. Sharded models have no replicas.
+    """
+    if not dist.is_initialized() or is_sharded(model):
+        return []
+    names = [n for n, _ in model.named_parameters()]
+    sums = torch.stack([p.contiguous().view(torch.int32).sum(dtype=torch.int64) for p in model.parameters()])
+    parts = gather(sums)
+    return [f"{names[i]} in process {r}" for r, s in enumerate(parts) for i in (s != parts[0]).nonzero().flatten().tolist()]
+
+
+# ---- a process that is stuck ------------------------------------------------------------------------------------------
+
+
+class Watch(threading.Thread):
+    """Ends this process, and says who is stuck, if nothing here has called beat() for so many seconds.
+
+    A collective waits for the slowest process, so when one is stuck all are. Each then tells the store where it stands; who
+    tells nothing does not answer. It is a thread, since the main one may be waiting inside a collective, and it leaves
+    by os._exit, since no clean-up can be relied on: what was saved stays saved.
+    """
+
+    def __init__(self, world: World, seconds: float):
+        super().__init__(name="watch", daemon=True)
+        self.world, self.seconds = world, seconds
+        self.main = threading.main_thread().ident
+        self.ended, self.reporting = threading.Event(), False
+        self.beat("starting")
+        if world.store is not None:
+            self.start()
+
+    def beat(self, doing: str) -> None:
+        """Note that the run goes on, and with what."""
+        self.last, self.doing = time.monotonic(), doing
+
+    def run(self) -> None:
+        pause = min(1.0, self.seconds / 4)
+        while True:
+            before = time.monotonic()
+            if self.ended.wait(pause):
+                return
+            if time.monotonic() - before > pause + self.seconds / 2:
+                self.last = time.monotonic()  # this process itself was stopped meanwhile, and goes on again
+            if time.monotonic() - self.last > self.seconds:
+                self.reporting = True
+                self.report()
+                os._exit(2)
+
+    def where(self) -> str:
+        """File and line of this program at which the main thread stands."""
+        frame, home = sys._current_frames().get(self.main), str(Path(__file__).parent)
+        while frame and not (frame.f_code.co_filename.startswith(home) and "site-packages" not in frame.f_code.co_filename):
+            frame = frame.f_back
+        return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}" if frame else "an unknown place"
+
+    def report(self) -> None:
+        """Print one line, from the first process that can."""
+        store, ranks = self.world.store, range(self.world.size)
+        try:
+            store.set_timeout(timedelta(seconds=5))
+            store.set(f"stuck/{self.world.rank}", f"{self.doing}, at {self.where()}")
+            time.sleep(3.0)  # for the others to do the same
+            told = {r: store.get(f"stuck/{r}").decode() for r in ranks if store.check([f"stuck/{r}"])}
+            silent = [f"rank {r} does not answer" for r in ranks if r not in told]
+            says = "; ".join(silent + [f"rank {r} waits ({text})" for r, text in told.items()][:4])
+        except RuntimeError as e:
+            told, says = {self.world.rank: ""}, f"nor does the store answer, which rank 0 or torchrun kept ({e})"
+        if self.world.rank == min(told):
+            print(
+                f"[rank {self.world.rank}] error: nothing has finished for {self.seconds:.0f} s (timeout_minutes): {says}; "
+                f"saved checkpoints are untouched: type --resume",
+                file=sys.stderr,
+                flush=True,
+            )
+        else:
+            time.sleep(2.0)  # that one's exchange fails once this process has gone
+
+    def close(self) -> None:
+        self.ended.set()

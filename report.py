@@ -53,7 +53,8 @@ def generated(text: str, name: str, root: Path) -> tuple[str, list[str]]:
         try:
             return f"{match[1]}{tables.as_markdown(load(source), words)}\n{match[5]}"
         except FileNotFoundError:
-            errors.append(f"{match[2]}, which generated blocks show, is not there: type python bench.py {source.stem}")
+            maker = "tests/faults.py" if source.stem == "faults" else f"bench.py {source.stem}"
+            errors.append(f"{match[2]}, which generated blocks show, is not there: type python {maker}")
         except (ValueError, KeyError, TypeError) as e:  # no JSON, no such part, not the shape of its kind
             errors.append(f"{name} cannot show {match[2]}{match[3]}: {type(e).__name__}: {e}")
         return match[0]

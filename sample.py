@@ -80,7 +80,7 @@ def next_distribution(logits: Tensor, temperature: float, top_k: int, top_p: flo
     return logits.softmax(1)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: sharded models (train.py writes samples) cannot be read in it
 def generate(
     model: GPT,
     prompt: list[int],

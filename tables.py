@@ -79,6 +79,11 @@ def flops_per_token(cfg: dict) -> float:
     return 6 * (12 * cfg["n_layer"] * cfg["n_embd"] ** 2 + rows * cfg["n_embd"]) + 12 * cfg["n_layer"] * cfg["n_embd"] * T
 
 
+def law_loss(law: dict, N, D):
+    """L(N, D) = E + A/N^α + B/D^β: the form of Hoffmann et al. 2022, of numbers or arrays."""
+    return law["E"] + law["A"] / N ** law["alpha"] + law["B"] / D ** law["beta"]
+
+
 # Student's t, two-sided 95%, by degrees of freedom (any statistics table); beyond 30 the normal's 1.96 is near enough.
 T_95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
 T_95 += [2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]
@@ -327,6 +332,200 @@ def shakespeare_table(result: dict) -> list[Block]:
     return [Table(["make train", ""], rows), f"{machine_line(result)}. It wrote:", Quote("\n".join(lines))]
 
 
+def run_table(result: dict) -> list[Block]:
+    cfg, found = result["requested"], result["evaluation"]
+    rows = [
+        ["parameters", f"{result['parameters'] / 1e6:.2f}M"],
+        ["steps × tokens", f"{len(result['losses'])} × {cfg['tokens_per_step']:,}"],
+        ["training", f"{result['seconds']['train']:.0f} s, {result['tokens_per_s']:,.0f} tokens/s"],
+        ["validation loss", f"{found['val_loss']:.3f}"],
+        ["perplexity", f"{found['perplexity']:.2f}"],
+        ["bits per byte", f"{found['bits_per_byte']:.3f}"],
+    ]
+    quoted = Quote("\n".join(result["sample"].strip().splitlines()[:16]))
+    return [Table([result["config"], ""], rows), f"{machine_line(result)}. It wrote:", quoted]
+
+
+def safety_table(result: dict) -> list[Block]:
+    free, fixed = ([statistics.median(r) for r in result["kernels_s"][name]] for name in ("any", "deterministic"))
+    costs = [b / a - 1 for a, b in zip(free, fixed, strict=True)]
+    rows = []
+    for name, runs in result["saving"].items():
+        pauses = [p for run in runs for p in run["pause_ms"][1:]]  # the first also allocates the copy
+        first = [run["pause_ms"][0] for run in runs]
+        slow = [max(run["step_ms"][s] for s in run["after_steps"]) for run in runs]
+        plain = statistics.median(t for run in runs for t in run["step_ms"])
+        took = [t for run in runs for t in run["save_ms"]]
+        rows.append(
+            [
+                name,
+                *(f"{statistics.median(v):,.0f}" for v in (first, pauses, took)),
+                f"{statistics.median(slow):,.0f}",
+                f"{plain:,.0f}",
+            ]
+        )
+    head = ["saving", "first pause ms", "later pauses ms", "whole save ms", "slowest step after ms", "step ms"]
+    return [
+        Table(head, rows),
+        f"Medians of {len(free)} runs. Only kernels that always give the same bits (`deterministic=True`): "
+        f"{statistics.median(costs):+.1%} step time [{min(costs):+.1%}, {max(costs):+.1%}]. {machine_line(result)}.",
+    ]
+
+
+def kills_table(result: dict) -> list[Block]:
+    lost = [e["last_step"] - int((e["newest"] or "step_0").removeprefix("step_")) for e in result["events"]]
+    steps, seconds = result["requested"]["max_steps"], result["seconds"]
+    every = result["requested"]["checkpoint_interval"]
+    return [
+        f"`config/shakespeare.py` (deterministic, a checkpoint every {every} steps) was killed by SIGKILL at {result['kills']} "
+        f"random moments, {result['in_a_save']} of them in the middle of a save, and resumed each time: losses, gradient norms "
+        f"and learning rates of all {steps} steps are equal in hex to the undisturbed run's, and parameters, moments, random "
+        f"states and data cursor in sha256 ({result['sha256'][:16]}…). At most {max(lost)} steps were run again after a kill; "
+        f"{seconds['whole']:,.0f} s became {seconds['broken']:,.0f} s. {machine_line(result)}."
+    ]
+
+
+def faults_table(result: dict) -> list[Block]:
+    """The scorecard of tests/faults.py, and the matrix of kills and resumptions."""
+
+    def verdict(found: dict) -> str:
+        return "passed" if found["passed"] else "FAILED"
+
+    def shown(value: float | None, unit: str = "") -> str:
+        return "–" if value is None else f"{value:,}{unit}"
+
+    rows = [
+        [
+            f"{f['id']} {f['title']}",
+            f["expected"],
+            verdict(f),
+            str(f["tries"]),
+            shown(f["seconds_to_detect"], " s"),
+            shown(f["steps_lost"]),
+            shown(f["seconds_to_recover"], " s"),
+        ]
+        for f in result["faults"]
+    ]
+    head = ["fault", "passes if", "", "tries", "time to detect", "steps lost", "time to recover"]
+    blocks: list[Block] = [Table(head, rows, left=(0, 1, 2))] * bool(rows)
+    blocks += [f"{f['id']} FAILED: {f['detail'].rstrip('.')}." for f in result["faults"] if not f["passed"]]
+    cells = {(f"{c['dtype']}, {'compiled' if c['compile'] else 'eager'}", c["processes"]): c for c in result["matrix"]}
+    if cells:
+        kinds, processes = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
+        head = ["SIGKILL at a random step, then --resume", *(f"{n} process{'es' * (n > 1)}" for n in processes)]
+        equal = {True: "bit for bit", False: "FAILED"}
+        blocks.append(Table(head, [[k, *(equal[cells[k, n]["passed"]] for n in processes)] for k in kinds]))
+        blocks += [f"{k}, {n} process(es) FAILED: {c['detail'].rstrip('.')}." for (k, n), c in cells.items() if not c["passed"]]
+    counts = [f"{sum(f['passed'] for f in found)}/{len(found)}" for found in (result["faults"], result["matrix"])]
+    parts = [f"{n} {what}" for n, what in zip(counts, ("faults", "of the matrix"), strict=True) if not n.endswith("/0")]
+    return [
+        *blocks,
+        f"{', '.join(parts)} in {result['seconds'] / 60:.0f} minutes "
+        f"({result['cpu_seconds'] / 60:.0f} of CPU time). Times and steps are the worst of all tries, and starting "
+        "Python and torch is part of them. Time to detect: from the fault (a bad file: from the start) until the process that "
+        "says so has ended. Steps lost: done again after resuming. Time to recover: from typing --resume until the run is "
+        "where it was. "
+        f"{machine_line(result)}.",
+    ]
+
+
+def evaluate_table(result: dict) -> list[Block]:
+    """A model's validation loss and HellaSwag, as far as they were measured."""
+    rows, said = [], []
+    if v := result.get("validation"):
+        bits = v["bits_per_byte"]
+        rows += [[f"validation loss on {v['dataset']}", f"{v['loss']:.4f}"], ["perplexity", f"{v['perplexity']:,.2f}"]]
+        rows += [["bits per byte", f"{bits:.4f}"]] if math.isfinite(bits) else []
+        said.append(f"Loss: {v['tokens']:,} tokens ({v['bytes']:,} bytes) in sequences of {v['sequence_length']:,}.")
+    if h := result.get("hellaswag"):
+        for name in ("acc", "acc_norm"):  # a proportion's standard error
+            error = math.sqrt(h[name] * (1 - h[name]) / h["rows"])
+            rows.append([f"HellaSwag {name}", f"{h[name]:.2%} ± {error:.2%}"])
+        cut = f", {h['cut']:,} of them cut to the model's block" if h["cut"] else ""
+        said.append(f"HellaSwag: {h['rows']:,} rows{cut}, completion style; chance is 25%; ± one standard error.")
+    step = "" if result["step"] is None else f", step {result['step']:,}"
+    return [
+        Table([f"{result['model']}{step}, {result['parameters'] / 1e6:.2f}M parameters", ""], rows),
+        f"{' '.join(said)} {result['settings']['dtype']}. {machine_line(result)}.",
+    ]
+
+
+# Hoffmann et al. 2022: equation 10 and table 2; the 20 is what its sizes come to
+CHINCHILLA = {"alpha": 0.34, "beta": 0.28, "law": 0.46, "parabolas": 0.49, "ratio": 20}
+
+
+def scale_table(result: dict) -> list[Block]:
+    """Each budget's best size, the law beside Chinchilla's, and what became of the prediction."""
+
+    def shown(value: float | None, ends: list | None, form: str) -> str:
+        if value is None:
+            return "–"
+        low, high = ("…" if end is None else format(end, form) for end in ends or (None, None))
+        return format(value, form) + (f" [{low}, {high}]" if ends else "")
+
+    fit, held = result["fit"], result["held_out"]
+    rows = []
+    for level in fit["levels"]:
+        runs = [r for r in result["runs"] if r["budget"] == level["budget"]]
+        curve, law = level["parabola"], level["law"]
+        rows.append(
+            [
+                f"{level['budget']:.1e}",
+                f"{min(r['N'] for r in runs):,} – {max(r['N'] for r in runs):,}",
+                f"{min(r['D'] for r in runs):,} – {max(r['D'] for r in runs):,}",
+                shown(curve["loss"], None, ".3f"),
+                shown(curve["N"], curve["N_interval"], ",.0f"),
+                shown(curve["ratio"], curve["ratio_interval"], ",.0f"),
+                shown(law["N"], law["N_interval"], ",.0f"),
+                shown(law["ratio"], law["ratio_interval"], ",.0f"),
+            ]
+        )
+    head = ["C = 6ND", "sizes N", "tokens D", "least loss, parabola", "its N [95%]", "its D/N [95%]"]
+    blocks: list[Block] = [Table([*head, "N by the law [95%]", "D/N by the law [95%]"], rows)]
+    law, ends = fit["law"], fit["intervals"]
+    names = {"E": "E, nats", "A": "A", "alpha": "α", "B": "B", "beta": "β"}
+    rows = [[names[k], shown(law[k], ends[k], ".3g"), format(CHINCHILLA[k], "g") if k in CHINCHILLA else ""] for k in names]
+    for k, by in (("law", "the law"), ("parabolas", "parabolas")):
+        found = shown(fit["exponent"][k], fit["exponent"][f"{k}_interval"], ".2f")
+        rows.append([f"a in N ∝ C^a, by {by}", found, format(CHINCHILLA[k], "g")])
+    top = fit["levels"][-1]["law"]
+    ratio = shown(top["ratio"], top["ratio_interval"], ",.0f")
+    rows.append(["D/N at the largest budget, by the law", ratio, f"about {CHINCHILLA['ratio']}"])
+    blocks.append(Table(["L = E + A/N^α + B/D^β", "here [95%]", "Chinchilla"], rows))
+    guess = held["predicted"]
+    times = held["budget"] / fit["levels"][-1]["budget"]
+    said = (
+        f"Held out: N = {held['N']:,}, D = {held['D']:,}, {times:.3g} times the largest budget. "
+        f"Predicted {guess['loss']:.4f} [{guess['low']:.4f}, {guess['high']:.4f}]"
+    )
+    if held["runs"]:
+        losses = [r["loss"] for r in held["runs"]]
+        found, first = statistics.fmean(losses), min(r["started"] for r in held["runs"])
+        before = ", before it was trained" if held["predicted_at"] < first else " (its runs were there already)"
+        spread = f", standard deviation {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
+        where = "inside" if guess["low"] <= found <= guess["high"] else "OUTSIDE"
+        blocks.append(
+            f"{said}{before}; measured {found:.4f} (mean of {len(losses)} seed(s){spread}), {found - guess['loss']:+.4f}: "
+            f"{where} the 95% interval."
+        )
+    else:
+        blocks.append(f"{said}; not trained yet.")
+    every = result["runs"] + held["runs"]
+    cost = [r["flops"] / r["C"] for r in every]
+    noise = "unknown (one seed)" if fit["noise"] is None else f"{fit['noise']:.2%}"
+    study = result["sizes"]
+    epochs = max(r["D"] for r in every) / result["train_tokens"]
+    blocks.append(
+        f"{len(every)} runs on {study['dataset']}, T={study['sequence_length']}, {study['tokens_per_step']} tokens per step, "
+        f"at most {epochs:.2f} epochs. N counts all parameters; counted with attention and without lookups (PaLM), a run costs "
+        f"{min(cost):.2f} to {max(cost):.2f} times 6ND. Noise between seeds: {noise} of the loss; the law misses a point by "
+        f"{fit['misfit']:.2%}. Intervals of the law: {study['bootstraps']} bootstraps over the (N, D); of the parabolas: the "
+        f"noise alone. Chinchilla's tokens are BPE, of some four characters. "
+        f"{sum(r['seconds'] for r in every) / 60:.0f} minutes of training, {result['jobs']} at a time. {machine_line(result)}."
+    )
+    return blocks
+
+
 def verify_table(result: dict, words: list[str] | None = None) -> list[Block]:
     """Each toggle's errors against its reference. words: only the checks that name one of them, for a rung's page."""
     chosen = [r for r in result["rows"] if not words or any(w in r["check"] for w in words)]
@@ -402,8 +601,14 @@ KINDS: dict[str, Callable[[dict], list[Block]]] = {
     "sampling": sampling_table,
     "stages": stages_table,
     "shakespeare": shakespeare_table,
+    "run": run_table,
+    "safety": safety_table,
+    "kills": kills_table,
+    "faults": faults_table,
+    "evaluate": evaluate_table,
     "verify": verify_table,
     "why": why_table,
+    "scale": scale_table,
 }
 # What a block may pick out of a file: `<!-- begin results/x/ladder.json r03_compile -->`
 PARTS = {"ladder": rung_table, "verify": verify_table}

@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import configurator
+import guards
 import machine
 import pretrained
 import sample
@@ -191,7 +192,7 @@ def measure(cfg: Config, mean_squares: dict[str, float], steps: int = 1) -> Foun
         run.optimizer.state[p] = dict(step=counter, **moments)
     before = {name: p.detach().cpu().double() for name, p in parameters.items()}
     gradients: dict[str, Tensor] = {}
-    run.optimizer.register_step_pre_hook(
+    run.optimizer.register_step_post_hook(  # the fused kernel clips as it reads
         lambda *_: gradients.update({name: p.grad.detach().clone().cpu() for name, p in parameters.items()})
     )
     x = whole_step(run)[0].to(run.device)
@@ -205,11 +206,9 @@ def measure(cfg: Config, mean_squares: dict[str, float], steps: int = 1) -> Foun
             if gradients:
                 break
         else:
-            raise train.TrainingStopped("16 steps in a row overflow")
+            raise guards.TrainingStopped(step, "16 steps in a row overflow")
     update = {name: p.detach().cpu().double() - before[name] for name, p in parameters.items()}
     on = train.effective(run)
-    if not cfg.reuse_memory:
-        on["reuse_memory"] = False  # many runs share this process: what the last ones freed may lie ready by chance
     wrong = train.mismatches(run, on)
     for name in filter(is_vocabulary, parameters):
         if gradients[name][cfg.vocab_size :].any():
@@ -376,7 +375,7 @@ def row(check: str, against: str, limit: float, outcome: Callable[[], Outcome]) 
         if wrong:
             status = "FAILED: " + "; ".join(wrong)
     except UserError as e:
-        status = ("FAILED: " if isinstance(e, train.TrainingStopped) else "skipped: ") + str(e)
+        status = ("FAILED: " if isinstance(e, guards.TrainingStopped) else "skipped: ") + str(e)
     except RuntimeError as e:  # a compiler's, a kernel's
         status = f"FAILED: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
     finite = {kind: e if math.isfinite(e) else None for kind, e in errors.items()}  # JSON has no NaN

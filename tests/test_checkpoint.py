@@ -6,20 +6,32 @@ import os
 import pickle
 import resource
 import shutil
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import checkpoint
 import optim
+import parallel
 from configurator import Config
 from model import GPT, UserError
 from tokenizer import CharTokenizer
 
 CPU = torch.device("cpu")
+EXTRA = {  # what train.py adds to training.json
+    "data_sha256": "",
+    "scaler": {},
+    "outliers": {"count": 0, "before": {}},
+    "val_loss": None,
+    "best_step": None,
+    "best_val_loss": None,
+}
 FILES = ["config.json", "model.safetensors", "tokenizer.json", "training.json", "training.safetensors"]
 
 
@@ -34,7 +46,11 @@ class Trained:
 
     def save(self, run_dir: Path, step: int, keep: int = 5, states: list | None = None) -> Path:
         states = [checkpoint.rng_states(CPU)] if states is None else states
-        return checkpoint.save(run_dir, step, self.model, self.optimizer, self.cfg, self.tokenizer, states, {"loss": 1.5}, keep)
+        return checkpoint.save(run_dir, self.snapshot(step, states), keep)
+
+    def snapshot(self, step: int, states: list) -> checkpoint.Snapshot:
+        tensors = checkpoint.state_tensors(self.model, self.optimizer)
+        return checkpoint.Snapshot(step, *tensors, states, self.cfg, self.tokenizer, EXTRA | {"loss": 1.5})
 
     def load(self, folder: Path) -> dict:
         """Weights, optimizer and random state, into the objects that are there."""
@@ -88,7 +104,7 @@ def test_all_that_training_needs_comes_back_bit_for_bit(tiny, tmp_path, changes)
     assert training["loss"] == 1.5
     assert same(before.model.state_dict(), after.model.state_dict())
     assert {id(p) for g in after.optimizer.param_groups for p in g["params"]} == {id(p) for p in after.model.parameters()}
-    moments = [checkpoint.optimizer_tensors(t.optimizer, t.model) for t in (before, after)]
+    moments = [checkpoint.state_tensors(t.model, t.optimizer)[1] for t in (before, after)]
     assert same(*moments)
     assert len(moments[0]) == 3 * len(list(before.model.parameters()))
     assert torch.equal(torch.rand(5), drawn)
@@ -178,7 +194,7 @@ def seal(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(format=2), "checkpoint format 2; this program reads 1"),
+        (lambda m: m.update(format=3), "checkpoint format 3; this program reads 2"),
         (lambda m: m.pop("format"), "no readable manifest"),
         (lambda m: m.update(files=[]), "no readable manifest"),
         (lambda m: m["files"].pop("model.safetensors"), "does not list model.safetensors"),
@@ -334,6 +350,238 @@ def test_a_run_killed_while_saving_leaves_nothing_that_loads_and_is_cleaned_up(t
     assert checkpoint.newest(folder.parent) == folder
     trained.save(folder.parent, 20)
     assert sorted(p.name for p in folder.parent.iterdir()) == ["step_00000010", "step_00000020"]
+
+
+@pytest.fixture
+def killed(monkeypatch, request):
+    """killed(n): the process dies (as far as the disk can tell) at its n-th rename from now on."""
+
+    class Killed(BaseException):
+        pass
+
+    def arrange(number: int) -> type[BaseException]:
+        plain, left = os.rename, [number]
+
+        def rename(a, b):
+            left[0] -= 1
+            if left[0] <= 0:
+                raise Killed
+            plain(a, b)
+
+        monkeypatch.setattr(os, "rename", rename)
+        monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # the dead clean up nothing
+        request.addfinalizer(monkeypatch.undo)
+        return Killed
+
+    return arrange
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_step_that_is_saved_anew_is_always_there(trained, folder, killed, monkeypatch, number):
+    """The old folder is moved aside, the new one into its place: killed before, between, or (3) not at all."""
+    with torch.no_grad():
+        before = tree(folder)
+        trained.model.transformer.ln_f.bias.add_(1.0)
+    dies = killed(number)
+    if number < 3:
+        with pytest.raises(dies):
+            trained.save(folder.parent, 10)
+    else:
+        trained.save(folder.parent, 10)
+    monkeypatch.undo()
+    checkpoint.clean_up(folder.parent)
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+    assert checkpoint.newest(folder.parent) == folder
+    assert (tree(folder) == before) == (number < 3)
+
+
+def test_cleaning_up_touches_nothing_else(folder):
+    """What is half written goes; what was moved aside comes back, unless there is a new one."""
+    run = folder.parent
+    names = (".writing_step_00000020", ".writing_crash_00000003", ".replaced_step_00000010", ".replaced_step_00000030")
+    for name in (*names, "step_00000005", "crash_00000001"):
+        shutil.copytree(folder, run / name)
+    (run / ".replaced_step_00000010" / "old").touch()
+    (run / "log.jsonl").write_text("{}\n")
+    for _ in range(2):
+        checkpoint.clean_up(run)
+        there = sorted(p.name for p in run.iterdir())
+        assert there == ["crash_00000001", "log.jsonl", "step_00000005", "step_00000010", "step_00000030"]
+        assert not (run / "step_00000010" / "old").exists()
+    assert tree(run / "step_00000030") == tree(folder)
+
+
+@given(
+    seed=st.integers(0, 99),
+    tensors=st.dictionaries(
+        st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=12).filter(
+            lambda name: name != "__metadata__"
+        ),
+        st.tuples(st.lists(st.integers(0, 5), max_size=3), st.sampled_from([torch.float32, torch.int64, torch.uint8])),
+        max_size=5,
+    ),
+    piece=st.sampled_from([1, 7, 2**24]),
+    taken=st.sampled_from([1, 3, 2**30]),
+)
+@settings(max_examples=60)
+def test_what_is_written_is_what_safetensors_reads(tmp_path_factory, seed, tensors, piece, taken):
+    """Bit for bit, scalars and empty tensors too, in whatever pieces it is written and however few bytes a write takes."""
+    random = torch.Generator().manual_seed(seed)
+
+    def drawn(shape: list[int], dtype: torch.dtype) -> torch.Tensor:
+        size = dtype.itemsize
+        content = torch.randint(256, (*shape, size), generator=random, dtype=torch.uint8)
+        t = content.view(dtype).reshape(shape)
+        return t.transpose(0, -1) if len(shape) > 1 else t  # not contiguous
+
+    class Slow:
+        def __init__(self, path, mode, buffering):
+            assert (mode, buffering) == ("wb", 0)
+            self.file = open(path, mode, buffering=buffering)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def fileno(self):
+            return self.file.fileno()
+
+        def write(self, content):
+            return self.file.write(bytes(content[:taken]))
+
+    path = tmp_path_factory.mktemp("file") / "x.safetensors"
+    written = {name: drawn(shape, dtype) for name, (shape, dtype) in tensors.items()}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(checkpoint, "PIECE", piece)
+        patched.setattr(checkpoint, "open", Slow, raising=False)
+        entry = checkpoint.write_safetensors(path, written)
+    content = path.read_bytes()
+    assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    read = safetensors.torch.load_file(path)
+    assert read.keys() == written.keys()
+    for name, t in written.items():
+        assert read[name].dtype == t.dtype
+        assert read[name].shape == t.shape
+        assert torch.equal(read[name].contiguous().view(-1).view(torch.uint8), t.contiguous().view(-1).view(torch.uint8))
+
+
+# ---- saving while training goes on --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saver(tmp_path):
+    """A Saver of one process; and what it is asked to write waits until `go` is set."""
+    made = checkpoint.Saver(tmp_path / "run", parallel.World(), sharded=False, background=True)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def go(monkeypatch) -> threading.Event:
+    """Nothing is written before it is set."""
+    event, plain = threading.Event(), checkpoint.write
+
+    def write(*args, **how):
+        assert event.wait(20)
+        return plain(*args, **how)
+
+    monkeypatch.setattr(checkpoint, "write", write)
+    return event
+
+
+def spoil(trained: Trained) -> None:
+    """What training steps do to the state while it is written."""
+    with torch.no_grad():
+        for t in (t for part in checkpoint.state_tensors(trained.model, trained.optimizer) for t in part.values()):
+            t.mul_(0.5).add_(1.0)
+
+
+def test_what_changes_after_a_save_began_does_not_reach_the_file(trained, tmp_path, saver, go):
+    """Twice, since the second save uses the first one's memory again."""
+    for step in (10, 20):
+        expected = [
+            {n: t.clone() for n, t in part.items()} for part in checkpoint.state_tensors(trained.model, trained.optimizer)
+        ]
+        states = [torch.get_rng_state()]
+        saver.save(trained.snapshot(step, states), 5, None)
+        assert not saver.done()
+        spoil(trained)
+        go.set()
+        folder, seconds = saver.wait()
+        go.clear()
+        assert folder == tmp_path / "run" / f"step_{step:08d}"
+        assert seconds > 0
+        assert saver.wait() is None
+        checkpoint.verify(folder)
+        assert same(safetensors.torch.load_file(folder / "model.safetensors"), expected[0])
+        moments = safetensors.torch.load_file(folder / "training.safetensors")
+        assert torch.equal(moments.pop("random.0"), states[0])
+        assert same(moments, expected[1])
+
+
+def test_one_save_waits_for_the_one_before(trained, tmp_path, saver, go):
+    """Two at a time would share one copy of the state."""
+    saver.save(trained.snapshot(10, []), 5, None)
+    threading.Timer(0.2, go.set).start()
+    spoil(trained)
+    saver.save(trained.snapshot(20, []), 5, None)
+    assert (tmp_path / "run" / "step_00000010").is_dir()
+    spoil(trained)
+    saver.wait()
+    first, second = (safetensors.torch.load_file(tmp_path / f"run/step_{s:08d}/model.safetensors") for s in (10, 20))
+    assert not same(first, second)
+    assert not same(second, {n: p.detach() for n, p in trained.model.named_parameters()})
+
+
+def test_a_background_save_that_fails_is_told_when_it_is_asked_for(trained, folder, saver, monkeypatch):
+    before = tree(folder.parent)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "write_safetensors", full)
+        saver.save(trained.snapshot(20, []), 1, None)
+        with pytest.raises(UserError, match=r"No space left on device; earlier ones are untouched"):
+            saver.wait()
+    assert tree(folder.parent) == before
+    assert saver.wait() is None  # it is told once
+    saver.save(trained.snapshot(30, []), 1, None)
+    assert saver.wait()[0].name == "step_00000030"
+
+
+def test_only_the_first_process_writes_what_all_have(trained, tmp_path):
+    saver = checkpoint.Saver(tmp_path / "run", parallel.World(rank=1, size=2), sharded=False, background=True)
+    saver.save(trained.snapshot(10, []), 1, None)
+    assert saver.wait() is None
+    saver.close()
+    assert not (tmp_path / "run").exists()
+
+
+@given(
+    scores=st.lists(st.integers(0, 9), min_size=1, max_size=12),
+    keep=st.integers(1, 3),
+)
+@settings(max_examples=25)
+def test_the_best_stays_besides_the_newest(tmp_path_factory, scores, keep):
+    """Whatever the order of good and bad validations: after each save, the last `keep` and the best so far."""
+    run, best = tmp_path_factory.mktemp("run"), None
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(checkpoint, "write", lambda final, *_, **__: final.mkdir())
+        for step, score in enumerate(scores):
+            best = step if best is None or score < scores[best] else best
+            checkpoint.save(run, checkpoint.Snapshot(step, {}, {}, [], None, None, {}), keep, best)
+            expected = {*range(max(0, step - keep + 1), step + 1), best}
+            assert {int(c.name.removeprefix("step_")) for c in checkpoint.candidates(run)} == expected
+
+
+def test_a_file_of_tensors_that_no_manifest_lists_is_refused(trained, folder):
+    """All *.safetensors of a folder are read as shares of one state: nobody may add one."""
+    safetensors.torch.save_file({"transformer.ln_f.weight": torch.zeros(32)}, folder / "shard-00009-model.safetensors")
+    with pytest.raises(UserError, match=r"shard-00009-model\.safetensors is not listed in manifest\.json"):
+        checkpoint.load_model(str(folder))
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("own_signals", "as_before")
 
 CPU = torch.device("cpu")
 SPEED = "device dtype fp32_precision compile compile_scope attention vocab_multiple fused_adamw reuse_memory prefetch processes"
-SPEED = [*SPEED.split(), "batch_size"]
+SPEED = [*SPEED.split(), "batch_size", "deterministic", "parallel"]
 
 
 @pytest.fixture
@@ -45,6 +45,7 @@ def as_before():
     precision = torch.backends.mkldnn.matmul.fp32_precision
     yield
     torch.backends.mkldnn.matmul.fp32_precision = precision
+    machine.set_deterministic(False)
     torch.compiler.reset()
     counters.clear()
 
@@ -80,22 +81,30 @@ PLACES = {
     "prefetch": "train.Run.next_batch",
     "processes": "train.build",
     "batch_size": "configurator.Config.split_step",
+    "deterministic": "train.build",
+    "parallel": "train.build",
 }
 # Read besides, with the reason.
 BESIDES = {
     ("dtype", "train.build"): "the gradient scaler exists only for float16: a second object, made once",
+    ("dtype", "train.replay"): "says in which precision the step was run again",
     ("batch_size", "train.build"): "says that the micro-batch is smaller than was asked for; changes nothing",
+    ("parallel", "optim.adamw"): "the optimizer of zero1 is another class: a third object, made once",
+    ("parallel", "train.loop"): "a micro-batch is tried out beforehand only where a pass exchanges nothing",
 }
 # Not training, or not taking effect: resolving "auto", checking values, reading back, measuring.
-NO_EFFECT = {"configurator.Config.__post_init__", "machine.resolve", "train.effective", "train.mismatches"}
-NO_TRAINING = {"bench", "verify", "why", "report", "compare", "sample", "prepare_data"}  # sample.py has settings of its own
+NO_EFFECT = {"configurator.Config.__post_init__", "machine.resolve", "effective.effective", "effective.mismatches"}
+# sample.py has settings of its own; prove.py starts train.py with all of them
+NO_TRAINING = {"bench", "verify", "why", "report", "compare", "sample", "prepare_data", "cluster", "prove", "curve"}
+NO_TRAINING |= {"evaluate", "plan", "workers"}
 
 
 def reads(tree: ast.Module, module: str):
     """Yield (setting, function, line) for each read of a speed setting off a config: cfg.x, run.cfg.x, getattr(cfg, "x"), or
     self.x inside the config classes. A setting whose name nothing else has counts whatever it is read off.
     """
-    shared = {"device", "dtype", "compile", "attention"}  # of these names torch and the models have attributes, too
+    # of these names torch and the models have attributes, too
+    shared = {"device", "dtype", "compile", "attention", "deterministic", "parallel"}
     configs = {"Config", "GPTConfig"}
 
     def is_config(node: ast.expr, classes: tuple[str, ...]) -> bool:
@@ -196,7 +205,7 @@ def test_nothing_else_reads_it_when_a_run_is_run(cfg):
     run = stepped(watched, steps=2)
     train.evaluate(run)
     run.close()
-    modules = ("train", "model", "optim", "data", "parallel")
+    modules = ("train", "model", "optim", "data", "parallel", "guards", "checkpoint")
     ours = {(f, w) for f, w in Watched.seen if w.partition(".")[0] in modules and not w.endswith("__post_init__")}
     expected = {(f, PLACES[f]) for f in SPEED if not PLACES[f].startswith("configurator")} | set(BESIDES)
     assert ours <= expected
@@ -216,7 +225,7 @@ def checked(cfg: Config) -> tuple[train.Run, dict]:
 
 TOGGLES = [
     *({"dtype": v} for v in ("float32", "bfloat16", "float16")),
-    *({"attention": v} for v in ("naive", "sdpa")),
+    *({"attention": v} for v in ("naive", "blocked", "sdpa")),
     *({"fused_adamw": v} for v in (False, True)),
     *({"prefetch": v} for v in (False, True)),
     *({"tie_weights": v} for v in (False, True)),
@@ -225,6 +234,8 @@ TOGGLES = [
     {"reuse_memory": False},
     {"compile": False},
     {"processes": 1},
+    *({"deterministic": v} for v in (False, True)),
+    {"parallel": "ddp"},
 ]
 
 
@@ -331,7 +342,7 @@ class Kernels(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("attention", ["naive", "sdpa"])
+@pytest.mark.parametrize("attention", ["naive", "blocked", "sdpa"])
 def test_the_attention_kernel_is_that_of_a_training_step(cfg, attention, dropout):
     """Not that of a pass without dropout: the CPU's fused kernel has none, and PyTorch falls back without a word."""
     run = stepped(replace(cfg, attention=attention, dropout=dropout))
@@ -346,7 +357,7 @@ def test_the_attention_kernel_is_that_of_a_training_step(cfg, attention, dropout
 def bits(run: train.Run) -> dict[str, torch.Tensor]:
     """Weights, moments and gradients."""
     state = {f"weight {k}": v.detach().clone() for k, v in run.model.named_parameters()}
-    state |= {f"moment {k}": v.clone() for k, v in checkpoint.optimizer_tensors(run.optimizer, run.model).items()}
+    state |= {f"moment {k}": v.clone() for k, v in checkpoint.state_tensors(run.model, run.optimizer)[1].items()}
     return state | {f"grad {k}": v.grad.clone() for k, v in run.model.named_parameters() if v.grad is not None}
 
 
@@ -486,8 +497,18 @@ def unpadded(monkeypatch) -> None:
 
 def alone(monkeypatch) -> None:
     plain = parallel.start
-    monkeypatch.setattr(parallel, "start", lambda kind: replace(plain(kind), size=2))
-    monkeypatch.setattr(parallel, "wrap", lambda net, world, device: net)
+    monkeypatch.setattr(parallel, "start", lambda kind, minutes: replace(plain(kind, minutes), size=2))
+    monkeypatch.setattr(parallel, "wrap", lambda net, engine, world, device: net)
+
+
+def never_deterministic(monkeypatch) -> None:
+    plain = machine.set_deterministic
+    monkeypatch.setattr(machine, "set_deterministic", lambda on: plain(False))
+
+
+def always_deterministic(monkeypatch) -> None:
+    plain = machine.set_deterministic
+    monkeypatch.setattr(machine, "set_deterministic", lambda on: plain(True))
 
 
 def nothing(monkeypatch) -> None:
@@ -514,6 +535,8 @@ SABOTAGE = [
     ("tie_weights", dict(tie_weights=True), untied),
     ("padded_vocab_size", dict(vocab_multiple=64), unpadded),
     ("processes", dict(), alone),
+    ("deterministic", dict(deterministic=True), never_deterministic),
+    ("deterministic", dict(deterministic=False), always_deterministic),
 ]
 
 
@@ -546,7 +569,7 @@ def test_a_toggle_that_does_nothing_is_named_with_its_remedy(cfg, monkeypatch, n
     assert "\n" not in wrong[0]
 
 
-@pytest.mark.parametrize("name", ["device", "dtype", "attention", "compile", "fused_adamw", "prefetch"])
+@pytest.mark.parametrize("name", ["device", "dtype", "attention", "compile", "fused_adamw", "prefetch", "deterministic"])
 def test_whatever_is_off_is_named_once(cfg, name):
     """mismatches() alone: each single reading that differs gives one line with both values, and both of two are told."""
     run = stepped(cfg)
@@ -583,9 +606,9 @@ def a_gpu(monkeypatch):
 @pytest.mark.parametrize("lacking", [None, "a compiler"])
 def test_nothing_stays_auto_and_each_choice_is_said(cfg, monkeypatch, a_gpu, kind, lacking):
     monkeypatch.setattr(machine, "why_no_compile", lambda device: lacking)
-    autos = ("device", "dtype", "compile", "fused_adamw", "reuse_memory")
+    autos = ("device", "dtype", "compile", "compile_scope", "fused_adamw", "reuse_memory")
     values = {f: ("auto", getattr(cfg, f)) for f in autos}
-    values |= dict(device=("auto", kind), reuse_memory=("auto", False))
+    values |= dict(device=("auto", kind), compile_scope=("auto", "block"), reuse_memory=("auto", False))
     for chosen in itertools.product(*values.values()):
         asked = replace(cfg, **dict(zip(autos, chosen, strict=True)))
         resolved, said = machine.resolve(asked, torch.device(kind))
@@ -593,11 +616,12 @@ def test_nothing_stays_auto_and_each_choice_is_said(cfg, monkeypatch, a_gpu, kin
         assert resolved.device == kind
         for f in autos:
             told = [line for line in said if line.startswith(f"{f} = ")]
-            assert len(told) == (getattr(asked, f) == "auto")
+            auto = getattr(asked, f) == "auto"
+            # in which scope is no choice where nothing is compiled
+            assert len(told) == (auto and (f != "compile_scope" or resolved.compile))
             if told:
                 assert told[0].split()[2] == str(getattr(resolved, f))
-            else:
-                assert getattr(resolved, f) == getattr(asked, f)
+            assert auto or getattr(resolved, f) == getattr(asked, f)
         assert configurator.diff(asked, resolved).keys() <= set(autos)
     resolved, said = machine.resolve(replace(cfg, compile="auto"), torch.device(kind))
     assert resolved.compile is (lacking is None)

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, GPT2_SIZES, GPTConfig, KVCache, UserError, naive_attention, sdpa_attention
+from model import ATTENTION, GPT, GPT2_SIZES, GPTConfig, KVCache, UserError, naive_attention
 
-ATTENTIONS = ["naive", "sdpa"]
+ATTENTIONS = ["naive", "blocked", "sdpa"]
 
 
 def build(cfg, seed=0, dtype=torch.float32):
@@ -121,11 +121,12 @@ def test_causality_by_gradient(tiny, attention):
     assert torch.equal(reach > 0, torch.ones(7, 7).tril().bool()), reach
 
 
-@pytest.mark.parametrize(("T", "S"), [(9, 9), (1, 9), (4, 9), (1, 1), (8, 9)])
-def test_naive_and_sdpa_agree_in_float64_with_gradients(T, S):
-    """Also where the T queries are the last of S positions, as behind a cache."""
+@pytest.mark.parametrize("attention", ["blocked", "sdpa"])
+@pytest.mark.parametrize(("T", "S"), [(9, 9), (1, 9), (4, 9), (1, 1), (8, 9), (40, 40), (37, 50), (300, 300)])
+def test_naive_and_others_agree_in_float64_with_gradients(T, S, attention):
+    """Also where the T queries are the last of S positions, as behind a cache; in one, two and three blocks, uneven too."""
     results = []
-    for attend in (naive_attention, sdpa_attention):
+    for attend in (naive_attention, ATTENTION[attention]):
         g = torch.Generator().manual_seed(0)
         q, k, v = (torch.randn(2, 3, n, 8, generator=g, dtype=torch.float64, requires_grad=True) for n in (T, S, S))
         y = attend(q, k, v, 0.0)
@@ -144,7 +145,7 @@ def test_naive_attention_is_the_softmax_written_as_a_loop(attention):
         last = S - T + t  # this query's own position
         w = [math.exp((q[0, 0, t] @ k[0, 0, s]).item() / math.sqrt(D)) for s in range(last + 1)]
         expected.append(sum(w[s] / sum(w) * v[0, 0, s] for s in range(last + 1)))
-    attend = {"naive": naive_attention, "sdpa": sdpa_attention}[attention]
+    attend = ATTENTION[attention]
     torch.testing.assert_close(attend(q, k, v, 0.0)[0, 0], torch.stack(expected))
 
 

@@ -91,7 +91,22 @@ def ab() -> dict:
     return head("ab") | dict(sides=sides, changes={})
 
 
-ALL = [ladder(), ladder(kind="ablate"), verify(), why(), stages(), shakespeare(), sampling(), ab()]
+def scale() -> dict:
+    """Two budgets on two sizes each; the second budget's parabola has no minimum."""
+    law, ran = dict(E=1.0, A=10.0, alpha=0.3, B=50.0, beta=0.4), dict(flops=7e9, C=6e9, started="2026-11-20T04:00", seconds=9.0)
+    runs = [ran | dict(budget=c, N=n, D=round(c / 6 / n), loss=3.0) for c in (6e9, 2.4e10) for n in (5000, 20_000)]
+    best = dict(N=9000.0, ratio=12.0, N_interval=[8000.0, 10_000.0], ratio_interval=[9.0, None])
+    lost = dict.fromkeys(("N", "ratio", "loss", "N_interval", "ratio_interval"))
+    levels = [dict(budget=c, law=best, parabola=p) for c, p in ((6e9, best | {"loss": 2.9}), (2.4e10, lost))]
+    fit = dict(law=law, intervals={k: [v / 2, 2 * v] for k, v in law.items()}, noise=0.002, misfit=0.003, levels=levels)
+    fit["exponent"] = dict(law=0.57, law_interval=[0.4, 0.7], parabolas=None, parabolas_interval=None)
+    held = dict(budget=9.6e10, N=20_000, D=800_000, predicted=dict(loss=2.8, low=2.7, high=2.9))
+    held |= dict(predicted_at="2026-11-20T05:00", runs=[ran | dict(N=20_000, D=800_000, loss=2.75, started="2026-11-20T06:00")])
+    asked = dict(dataset="shakespeare_char", bootstraps=9, sequence_length=32, tokens_per_step=128)
+    return head("scale") | dict(sizes=asked, runs=runs, fit=fit, held_out=held, jobs=2, train_tokens=1_000_000)
+
+
+ALL = [ladder(), ladder(kind="ablate"), verify(), why(), stages(), shakespeare(), sampling(), ab(), scale()]
 
 
 def put(root, *results: dict) -> None:
@@ -232,7 +247,7 @@ def test_every_changed_number_of_a_block_is_found(house):
     assert report.check(house) == []
 
 
-@pytest.mark.parametrize("kind", ["ladder", "ablate", "why", "stages", "shakespeare", "sampling"])
+@pytest.mark.parametrize("kind", ["ladder", "ablate", "why", "stages", "shakespeare", "sampling", "scale"])
 def test_changed_json_is_found(house, kind):
     """In the README, in each plot that is drawn from it, and in the page."""
     path = house / "results" / "a-machine" / f"{kind}.json"
@@ -487,9 +502,12 @@ def test_page_holds_everything_and_asks_for_nothing(house):
     html = (house / "docs" / "index.html").read_text(encoding="utf-8")
     assert '<html lang="en">' in html
     assert "default-src 'none'; style-src 'unsafe-inline'; img-src data:" in html
-    assert html.count("<svg") == html.count('role="img" aria-label="') == 5
-    for title, _ in page.SECTIONS.values():
-        assert f"<h3>{title}</h3>" in html
+    assert html.count("<svg") == html.count('role="img" aria-label="') == 6
+    assert set(page.SECTIONS) >= set(tables.KINDS)
+    shown = {json.loads(path.read_text(encoding="utf-8"))["kind"] for path in report.result_files(house)}
+    assert len(shown) > 5
+    for kind, (title, _) in page.SECTIONS.items():
+        assert (f"<h3>{title}</h3>" in html) == (kind in shown)
     asks = re.findall(r"""(?:src|href|action|data)\s*=\s*["']([^"']*)|url\(([^)]*)\)|@import""", html)
     assert all(a.startswith(("#", "data:,")) or b.strip("\"'").startswith("#") for a, b in asks)
 

@@ -122,7 +122,7 @@ def by_definition(model: GPT, prompt: list[int], n: int, temperature: float, see
 
 
 @pytest.mark.parametrize("kv_cache", [True, False])
-@pytest.mark.parametrize("attention", ["naive", "sdpa"])
+@pytest.mark.parametrize("attention", ["naive", "blocked", "sdpa"])
 @pytest.mark.parametrize("block_size", [1, 2, 3, 8])
 @pytest.mark.parametrize("length", [1, 3, 8, 20])
 def test_every_token_is_the_definitions_with_and_without_cache(tiny, kv_cache, attention, block_size, length):
@@ -311,7 +311,9 @@ def run_dir(tmp_path_factory, tiny):
     cfg = configurator.Config(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=3, tokens_per_step=8)
     model, folder = build(cfg), tmp_path_factory.mktemp("run")
     optimizer = torch.optim.AdamW(model.parameters())
-    checkpoint.save(folder, 1, model, optimizer, cfg, CharTokenizer(["\t", "\n", "a"]), [torch.get_rng_state()], {}, keep=1)
+    tensors = checkpoint.state_tensors(model, optimizer)
+    state = checkpoint.Snapshot(1, *tensors, [torch.get_rng_state()], cfg, CharTokenizer(["\t", "\n", "a"]), {})
+    checkpoint.save(folder, state, keep=1)
     return str(folder)
 
 

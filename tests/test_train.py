@@ -6,6 +6,8 @@ import importlib.util
 import json
 import math
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -15,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import ranks
 import safetensors.torch
 import torch
 import torch.distributed as dist
@@ -22,6 +25,9 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import checkpoint
+import configurator
+import guards
+import machine
 import optim
 import parallel
 import train
@@ -104,6 +110,18 @@ def test_a_step_is_clip_and_adamw_on_the_mean_gradient(cfg):
     torch.testing.assert_close(weights(run), weights(other), rtol=0, atol=2e-4)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_gradients_are_clipped_alike_inside_and_outside_of_the_kernel(cfg, dtype):
+    """The fused AdamW clips while it reads; in float16 a GradScaler has a say in the same step."""
+    cfg = replace(cfg, dropout=0.0, learning_rate=1e-3, dtype=dtype)
+    fused, looped, unclipped = (
+        stepped(replace(cfg, fused_adamw=fused, grad_clip=clip)) for fused, clip in ((True, 0.05), (False, 0.05), (True, 0.0))
+    )
+    assert fused[0] == pytest.approx(looped[0], rel=1e-3)
+    torch.testing.assert_close(fused[1], looped[1], rtol=0, atol=1e-5 if dtype == "float32" else 2e-4)
+    assert not torch.equal(fused[1], unclipped[1])
+
+
 @contextlib.contextmanager
 def alone_in_a_group(folder: Path):
     """A gloo process group of this process only."""
@@ -151,11 +169,11 @@ def test_a_number_that_is_not_finite_stops_before_the_update(cfg, poison, grad_c
     else:
         run.model.transformer.ln_f.weight.register_hook(lambda g: g * math.nan)
     before = weights(run).clone()
-    moments = {k: v.clone() for k, v in checkpoint.optimizer_tensors(run.optimizer, run.model).items()}
-    with pytest.raises(train.TrainingStopped, match=f"step 2: the {poison}"):
+    moments = {k: v.clone() for k, v in checkpoint.state_tensors(run.model, run.optimizer)[1].items()}
+    with pytest.raises(guards.TrainingStopped, match=f"step 2: the {poison}"):
         train.train_step(run, 1)
     assert torch.equal(weights(run).view(torch.int32), before.view(torch.int32))
-    after = checkpoint.optimizer_tensors(run.optimizer, run.model)
+    after = checkpoint.state_tensors(run.model, run.optimizer)[1]
     assert all(torch.equal(after[k], moments[k]) for k in moments)
     assert all(p.grad is None for p in run.model.parameters())
 
@@ -272,13 +290,14 @@ def uninterrupted(cfg, tmp_path) -> Config:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("step", [1, 3, 5])
 def test_a_signal_saves_and_resuming_is_as_if_it_had_not_come(cfg, uninterrupted, interrupt, number, step):
-    """The step at which it comes is finished and saved: every step is in the log once, and all is equal in hex."""
+    """The step at which it comes is finished and saved: every step is in the log once, and all is equal in hex. In the first
+    step, which compiles, it is not waited for: nothing is lost."""
     interrupt(step, lambda: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as e:
         train.train(cfg)
     assert e.value.code == 128 + number
-    assert checkpoint.newest(Path(cfg.out_dir)).name == f"step_{step:08d}"
-    train.train(replace(cfg, resume=True))
+    assert [c.name for c in checkpoint.candidates(Path(cfg.out_dir))[:1]] == ([f"step_{step:08d}"] if step > 1 else [])
+    train.train(replace(cfg, resume="auto"))
     assert [r["step"] for r in records(cfg) if "loss" in r] == [1, 2, 3, 4, 5, 6]
     assert losses(cfg) == losses(uninterrupted)
     assert digest(cfg) == digest(uninterrupted)
@@ -286,7 +305,7 @@ def test_a_signal_saves_and_resuming_is_as_if_it_had_not_come(cfg, uninterrupted
 
 @pytest.mark.parametrize("step", [3, 4])
 def test_a_crash_loses_only_what_came_after_the_checkpoint(cfg, uninterrupted, interrupt, step):
-    """Checkpoints at 2 and 4; a crash in step 3 or 4 goes on from 2."""
+    """Checkpoints at 2, at 3 (the best validation so far) and at 4; a crash goes on from the one before it."""
 
     def crash():
         raise RuntimeError("power cut")
@@ -295,7 +314,7 @@ def test_a_crash_loses_only_what_came_after_the_checkpoint(cfg, uninterrupted, i
     cfg = replace(cfg, checkpoint_interval=2)
     with pytest.raises(RuntimeError, match="power cut"):
         train.train(cfg)
-    assert checkpoint.newest(Path(cfg.out_dir)).name == "step_00000002"
+    assert checkpoint.newest(Path(cfg.out_dir)).name == f"step_{step - 1:08d}"
     train.train(replace(cfg, resume=True))
     assert losses(cfg) == losses(uninterrupted)
     assert digest(cfg) == digest(uninterrupted)
@@ -362,6 +381,347 @@ def test_a_real_process_is_stopped_by_ctrl_c(cfg, root):
     last = max(losses(cfg))
     assert f"stopped by a signal after step {last}: type --resume" in out
     assert checkpoint.newest(Path(cfg.out_dir)).name == f"step_{last:08d}"
+
+
+# ---- an end that was asked for, or a beginning that was not -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_a_time_limit_saves_and_the_run_goes_on_later(cfg, tmp_path, uninterrupted, capsys, engine):
+    """As on a cluster that gives an hour at a time: no error, and as if it had not been (here with two processes as well)."""
+    cfg = replace(cfg, parallel=engine)
+    short = replace(cfg, max_minutes=1e-6)
+    if engine == "ddp":
+        train.train(short)
+        assert "stopped after 1e-06 minutes, after step 1: type --resume" in capsys.readouterr().out
+        train.train(replace(cfg, resume=True))
+        assert losses(cfg) == losses(uninterrupted)
+        assert digest(cfg) == digest(uninterrupted)
+        return
+    with ranks.started(2, tmp_path / "ranks", train.train, short) as found:
+        ranks.wait(found)
+        assert [r.status for r in found] == [0, 0], found[0].stderr
+        assert "stopped after 1e-06 minutes, after step 1" in found[0].stdout
+    for now in (replace(short, resume="auto"), replace(cfg, resume="auto")):
+        ranks.run(2, tmp_path / "ranks", train.train, now)
+    assert [r["step"] for r in records(cfg) if "loss" in r] == [1, 2, 3, 4, 5, 6]
+
+
+def test_auto_begins_goes_on_and_knows_when_it_is_done(cfg, uninterrupted, interrupt, capsys):
+    """One command for a scheduler to repeat: nothing there, a run that died before its first checkpoint, one with a
+    checkpoint, one that is done."""
+    cfg = replace(cfg, resume="auto", eval_interval=6, checkpoint_interval=4)
+
+    def crash():
+        raise RuntimeError("power cut")
+
+    for step in (2, 6):
+        interrupt(step, crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train.train(cfg)
+    train.train(cfg)
+    assert not Path(cfg.out_dir).with_name("run.1").exists()  # nothing was moved aside
+    assert losses(cfg) == losses(uninterrupted)
+    assert digest(cfg) == digest(uninterrupted)
+    assert [r["step_done"] for r in records(cfg) if r.get("event") == "start"] == [0, 0, 4]
+    capsys.readouterr()
+    train.train(cfg)
+    assert f"{cfg.out_dir} is at step 6 already" in capsys.readouterr().out
+    assert digest(cfg) == digest(uninterrupted)
+
+
+def test_a_run_that_torchrun_starts_anew_goes_on(cfg, uninterrupted, interrupt, monkeypatch):
+    def crash():
+        raise RuntimeError("power cut")
+
+    cfg = replace(cfg, checkpoint_interval=2, eval_interval=6)
+    interrupt(4, crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train.train(cfg)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    train.train(cfg)
+    assert [r["step_done"] for r in records(cfg) if r.get("event") == "start"] == [0, 2]
+    assert losses(cfg) == losses(uninterrupted)
+    assert digest(cfg) == digest(uninterrupted)
+
+
+@pytest.mark.parametrize("at", [3, 6])
+def test_a_signal_does_not_wait_for_a_validation(cfg, uninterrupted, monkeypatch, at):
+    """Which may take longer than whoever sent it; the step before it is saved, also where it was the last."""
+    plain, seen = train.data.validation_batches, []
+
+    def batches(*args):
+        for batch in plain(*args):
+            seen.append(len(seen))
+            if len(seen) == (2 if at == 3 else 10):
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(train.data, "validation_batches", batches)
+    with pytest.raises(SystemExit) as e:
+        train.train(cfg)
+    assert e.value.code == 128 + signal.SIGTERM
+    assert len(seen) <= (3 if at == 3 else 11)
+    assert [r["step"] for r in records(cfg) if "val_loss" in r] == ([] if at == 3 else [3])
+    assert checkpoint.newest(Path(cfg.out_dir)).name == f"step_{at:08d}"
+    train.train(replace(cfg, resume=True))
+    assert losses(cfg) == losses(uninterrupted)
+    assert digest(cfg) == digest(uninterrupted)
+
+
+@pytest.mark.parametrize("rest", ['{"step": 99, "lo', '{"step": 99, "loss": 1.0, "grad_norm": 1.0, "lr": 1.0}', "\0\0\0"])
+def test_half_a_line_at_the_end_of_the_log_is_taken_away(cfg, uninterrupted, rest):
+    """Of a run that was killed while it wrote; what follows must be readable."""
+    train.train(replace(cfg, max_steps=3, schedule="constant"))
+    log = Path(cfg.out_dir) / "log.jsonl"
+    whole = log.read_text()
+    log.write_text(whole + rest)
+    train.train(replace(cfg, resume=True))
+    assert log.read_text().startswith(whole)
+    assert max(losses(cfg)) == 6
+
+
+@pytest.mark.parametrize("resume", [True, "auto"])
+def test_what_a_killed_save_left_is_put_right_on_resuming(cfg, resume):
+    train.train(replace(cfg, max_steps=3))
+    out = Path(cfg.out_dir)
+    shutil.copytree(out / "step_00000003", out / ".writing_step_00000006")
+    shutil.copytree(out / "step_00000003", out / ".replaced_step_00000002")
+    train.train(replace(cfg, resume=resume, keep_checkpoints=9))
+    assert sorted(p.name for p in out.iterdir() if p.is_dir()) == ["step_00000002", "step_00000003", "step_00000006"]
+
+
+# ---- saves that fail --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """full_disk(step): the checkpoint of that step cannot be written."""
+
+    def arrange(step: int) -> None:
+        plain = checkpoint.write_config
+
+        def write_config(folder, cfg):
+            if f"{step:08d}" in folder.name:
+                raise OSError(28, "No space left on device")
+            plain(folder, cfg)
+
+        monkeypatch.setattr(checkpoint, "write_config", write_config)
+
+    return arrange
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_save_that_fails_on_the_way_is_told_and_training_goes_on(cfg, uninterrupted, full_disk, capsys, background):
+    full_disk(4)
+    cfg = replace(cfg, checkpoint_interval=2, eval_interval=6, background_save=background)
+    train.train(cfg)
+    assert re.search(r"WARNING: cannot save .*No space left on device.*; training goes on", capsys.readouterr().err)
+    assert [c.name for c in checkpoint.candidates(Path(cfg.out_dir))] == ["step_00000006", "step_00000002"]
+    assert [r["reason"].count("No space left") for r in records(cfg) if r.get("event") == "save_failed"] == [1]
+    assert [r["step_done"] for r in records(cfg) if r.get("event") == "saved"] == [2, 6]
+    assert losses(cfg) == losses(uninterrupted)
+    assert digest(cfg) == digest(uninterrupted)
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_last_save_that_fails_is_an_error(cfg, full_disk, background):
+    full_disk(6)
+    cfg = replace(cfg, checkpoint_interval=4, eval_interval=6, background_save=background)
+    with pytest.raises(UserError, match="No space left on device"):
+        train.train(cfg)
+    assert [c.name for c in checkpoint.candidates(Path(cfg.out_dir))] == ["step_00000004"]
+    assert [r["step_done"] for r in records(cfg) if r.get("event") == "saved"] == [4]
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_each_save_is_said_and_logged(cfg, capsys, background):
+    train.train(replace(cfg, background_save=background))
+    said = capsys.readouterr().out
+    saved = [r for r in records(cfg) if r.get("event") == "saved"]
+    assert [r["step_done"] for r in saved] == [3, 6]
+    assert all(r["save_ms"] > 0 for r in saved)
+    for step in (3, 6):
+        assert f"saved {cfg.out_dir}/step_{step:08d} in " in said
+
+
+# ---- too little memory ------------------------------------------------------------------------------------------------
+
+MESSAGES = [
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.",
+    "CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has a total capacity of …",
+]
+
+
+@pytest.fixture
+def short_of_memory(monkeypatch):
+    """short_of_memory(most, …): from some micro-batch of some step on, those of more sequences do not fit."""
+
+    def arrange(most: int, since: tuple[int, int] = (0, 0), where: str = "forward", message: str = MESSAGES[0]) -> None:
+        plain, read = train.build, train.Run.next_batch
+        now = [(0, 0)]
+
+        def next_batch(run, step, micro):
+            now[0] = step, micro
+            return read(run, step, micro)
+
+        def too_much(*_):
+            raise RuntimeError(message)
+
+        def forward(model, args, loss):
+            if now[0] >= since and args[0].size(0) > most and loss.requires_grad:
+                too_much() if where == "forward" else loss.register_hook(too_much)
+
+        def build(cfg):
+            run, said = plain(cfg)
+            run.model.register_forward_hook(forward)
+            return run, said
+
+        monkeypatch.setattr(train, "build", build)
+        monkeypatch.setattr(train.Run, "next_batch", next_batch)
+
+    return arrange
+
+
+@pytest.mark.parametrize("batch_size", [8, "auto"])
+@pytest.mark.parametrize(("most", "fits"), [(7, 4), (3, 2), (1, 1)])
+def test_out_of_memory_is_the_same_run_in_smaller_micro_batches(
+    cfg, tmp_path, short_of_memory, monkeypatch, capsys, most, fits, batch_size
+):
+    """Losses, norms, weights, moments and dropout: in hex those of the run that had begun so."""
+    small = replace(cfg, batch_size=fits, out_dir=str(tmp_path / "small"))
+    train.train(small)
+    capsys.readouterr()
+    with monkeypatch.context():
+        short_of_memory(most)
+        train.train(replace(cfg, batch_size=batch_size))
+    said = capsys.readouterr().out
+    for size in [s for s in (8, 4, 2) if s > fits]:
+        assert f"out of memory with micro-batches of {size} sequences" in said
+    assert f"the same step again as {8 // fits} x {fits}; type --batch_size={fits} to begin so" in said
+    assert [(r["step_done"], r["micro_batch"]) for r in records(cfg) if r.get("event") == "out_of_memory"] == [(1, fits)]
+    on = next(r["effective"] for r in records(cfg) if "effective" in r)
+    assert (on["micro_batch"], on["accumulation"]) == (fits, 8 // fits)
+    assert losses(cfg) == losses(small)
+    assert digest(cfg) == digest(small)
+
+
+def test_as_much_as_fits_is_the_whole_share(cfg, capsys):
+    train.train(replace(cfg, batch_size="auto", tokens_per_step=32 * 12))
+    said = capsys.readouterr().out
+    assert "chosen: batch_size = 12, the whole share of a process; halved until it fits" in said
+    assert "1 micro-batches x 12 sequences" in said
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("message", MESSAGES, ids=["cpu", "cuda"])
+def test_memory_may_run_out_in_the_middle_of_a_step(cfg, tmp_path, short_of_memory, where, message):
+    """In its second micro-batch, of a later step: what the first has added to the gradients does not count twice. From there
+    on it is the run that was resumed there with smaller ones."""
+    cfg = replace(cfg, max_steps=5, eval_interval=5, schedule="constant")
+    other = replace(cfg, out_dir=str(tmp_path / "other"))
+    train.train(replace(other, max_steps=3))
+    train.train(replace(other, batch_size=2, resume=True))
+    short_of_memory(2, since=(3, 1), where=where, message=message)
+    train.train(cfg)
+    assert losses(cfg) == losses(other)
+    assert digest(cfg) == digest(other)
+
+
+def test_one_sequence_that_does_not_fit_is_an_error(cfg, short_of_memory):
+    short_of_memory(0)
+    with pytest.raises(RuntimeError, match="can't allocate memory") as e:
+        train.train(cfg)
+    assert configurator.is_out_of_memory(e.value)
+
+
+def test_other_errors_are_not_taken_for_too_little_memory(cfg, short_of_memory):
+    short_of_memory(0, message="mat1 and mat2 shapes cannot be multiplied")
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        train.train(cfg)
+
+
+def tight(cfg: Config, spare_mib: int) -> tuple[int, float, float]:
+    """A step in a process that may take no more than so much memory than it has: (micro-batch, loss, MiB it has)."""
+    run, _ = train.build(cfg)
+    used = 1024 * int(re.search(r"VmData:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+    resource.setrlimit(resource.RLIMIT_DATA, (used + spare_mib * 2**20, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    loss, _ = train.train_step(run, 0)
+    run.close()
+    return run.micro_batch, loss, used / 2**20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory can be limited on Linux only")
+def test_real_memory_that_runs_out_is_survived(cfg, tmp_path):
+    """The kernel refuses more than 200 MiB: 2,048 sequences of 32 tokens need about 1,000 at once."""
+    cfg = replace(cfg, dropout=0.0, tokens_per_step=32 * 2048, batch_size="auto")
+    ((micro_batch, loss, _),) = ranks.run(1, tmp_path / "ranks", tight, cfg, 200)
+    assert 16 <= micro_batch <= 1024
+    assert loss == pytest.approx(stepped(replace(cfg, batch_size=64), 1)[0][0], rel=1e-5)
+
+
+def limited(share: float, processes: int) -> list[str]:
+    """What allocating a share of the free memory in two halves, untouched, gives before and after machine.limit_memory()."""
+    free = 1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1])
+    os.environ["LOCAL_WORLD_SIZE"] = str(processes)
+    found = []
+    for _ in range(2):
+        try:
+            held = [torch.empty(int(free * share / 2), dtype=torch.uint8) for _ in range(2)]
+            found.append("granted")
+            del held
+        except RuntimeError as e:
+            found.append("out of memory" if configurator.is_out_of_memory(e) else str(e))
+        machine.limit_memory()
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory can be limited on Linux only")
+@pytest.mark.parametrize(
+    ("share", "processes", "after"), [(0.7, 1, "granted"), (1.2, 1, "out of memory"), (0.7, 2, "out of memory")]
+)
+def test_more_than_is_free_is_refused_instead_of_granted(tmp_path, share, processes, after):
+    """Without it, the kernel grants what it does not have and kills whoever uses it."""
+    ((before, found),) = ranks.run(1, tmp_path / "ranks", limited, share, processes)
+    if before != "granted":
+        pytest.skip("this kernel grants no more than there is")
+    assert found == after
+
+
+def short_in_one(cfg: Config, most: int, rank: int) -> dict:
+    """Two processes of which one has little memory: what each finds, and what is left of the search."""
+    run, _ = train.build(cfg)
+    tries = []
+
+    def forward(_, args):
+        tries.append(args[0].size(0))
+        if run.world.rank == rank and args[0].size(0) > most:
+            raise RuntimeError(MESSAGES[0])
+
+    hook = run.model.register_forward_pre_hook(forward)
+    before, states = weights(run), torch.get_rng_state()
+    train.fit_batch(run)
+    hook.remove()
+    assert torch.equal(weights(run), before)
+    assert torch.equal(torch.get_rng_state(), states)
+    assert all(p.grad is None for p in run.model.parameters())
+    assert not parallel.own(run.optimizer).state
+    found = [train.train_step(run, step) for step in range(3)]
+    run.close()
+    return dict(tries=tries, micro_batch=run.micro_batch, accumulation=run.accumulation, found=found)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero1"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_all_processes_take_what_fits_the_smallest(cfg, tmp_path, engine, rank):
+    """Found before they exchange anything; then the run is the one that had begun so, in hex."""
+    cfg = replace(cfg, tokens_per_step=32 * 16, batch_size=8, parallel=engine)
+    parts = ranks.run(2, tmp_path / "ranks", short_in_one, cfg, 3, rank)
+    expected = ranks.run(2, tmp_path / "ranks", short_in_one, replace(cfg, batch_size=2), 3, rank)
+    for part in parts:
+        assert part["tries"] == [8, 4, 2]
+        assert (part["micro_batch"], part["accumulation"]) == (2, 4)
+        assert part["found"] == expected[0]["found"]
 
 
 # ---- where a run goes -------------------------------------------------------------------------------------------------
