@@ -10,6 +10,7 @@
     python bench.py stages             what each stage of config/stages/ reaches
     python bench.py shakespeare        what `make train` does, timed from a cold compiler cache: train, then sample
     python bench.py run config.py      one whole run: its losses, its evaluation, a text that it writes
+    python bench.py data               tokens/s of prepare_data.py beside tiktoken's own; a BPE learnt, timed and compared
     python bench.py safety             what it costs to be reproducible, and to save
     python bench.py kills              config/shakespeare.py killed at twenty random moments, against the same undisturbed
 
@@ -609,6 +610,16 @@ def whole_run(paths: list[str], sizes: Sizes) -> dict:
     }
 
 
+def data(sizes: Sizes, device: torch.device) -> dict:
+    """speed.py on enwik8, or with --quick on tiny Shakespeare."""
+    import prepare_data
+    import speed
+    from sources import NAMED
+
+    path = prepare_data.local_copy(NAMED["shakespeare" if sizes.quick else "enwik8"][1], sizes.data_dir)
+    return header("data", sizes) | speed.measure(path, rounds=sizes.rounds)
+
+
 def safety(sizes: Sizes, device: torch.device) -> dict:
     """Step time with and without deterministic kernels; what a save holds up, in the foreground and in the background."""
     cfg = replace(configurator.load_file("config/shakespeare.py"), device=sizes.device, data_dir=sizes.data_dir)
@@ -714,6 +725,7 @@ MEASURES = {
     "sampling": sampling,
     "stages": stages,
     "shakespeare": shakespeare,
+    "data": data,
     "safety": safety,
     "kills": kills,
 }

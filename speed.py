@@ -1,4 +1,5 @@
-"""How fast prepare_data.py is, against tiktoken by itself on the same cores: both in one run, round by round.
+"""How fast prepare_data.py is, against tiktoken by itself on the same cores: both in one run, round by round. And how fast a
+BPE of one's own is learnt, and how well it compresses.
 
 tiktoken by itself: the text is in memory, cut into blocks; the ids are thrown away; nothing is counted but encoding. Three ways
 are timed, and the fastest is the yardstick: a process for each core, either of tiktoken's calls, or its own batch call, which
@@ -22,8 +23,12 @@ import machine
 import prepare_data
 import sources
 import workers
-from bpe import blocks
+from bpe import BPETokenizer, blocks
 from tokenizer import GPT2Tokenizer
+
+# What a BPE is learnt from, in bytes from the text's start, and how many merges: a large one and a small one.
+LEARNT = ((20_000_000, 32_000), (130_000, 500))
+UNSEEN = 5_000_000  # bytes at the text's end, on which both tokenizers are compared
 
 CALLS: dict[str, Callable[[tiktoken.Encoding, list[str], int], int]] = {  # (encoding, blocks, cores) -> number of ids
     "processes, encode_ordinary": lambda e, texts, _: sum(len(e.encode_ordinary(text)) for text in texts),
@@ -85,13 +90,26 @@ def time_whole(path: Path, processes: int) -> dict:
         return json.loads(start("whole", str(path), folder, processes).communicate()[0].splitlines()[-1])
 
 
+def learn(path: str, of: int, merges: int) -> None:
+    """Learn a BPE from a text's first bytes, and encode its last with it and with GPT-2's: a line of JSON."""
+    content = Path(path).read_bytes()
+    text, unseen = (part.decode("utf-8", errors="ignore") for part in (content[:of], content[-UNSEEN:]))
+    began = time.perf_counter()
+    own = BPETokenizer.train([text], 256 + merges + 1)
+    found = {"s": time.perf_counter() - began, "text_bytes": of, "merges": len(own.merges)}
+    size = len(unseen.encode())
+    found["bytes_per_token"] = {
+        name: size / len(tokenizer.encode(unseen)) for name, tokenizer in (("own", own), ("gpt2", GPT2Tokenizer()))
+    }
+    print(json.dumps(found))
+
+
 def measure(path: Path, processes: int = 0, rounds: int = 5) -> dict:
-    """A result of kind "data" for a UTF-8 text, GPT-2's tokenizer and so many processes (0: one for each core)."""
+    """What a result of kind "data" holds, for a UTF-8 text, GPT-2's tokenizer and so many processes (0: one for each core)."""
     cores, path = processes or machine.cores(), path.resolve()  # a bare name could be a named data set's
     GPT2Tokenizer().encode("warm")  # fetches its files if need be
     text = path.read_bytes()
     result = {
-        "kind": "data",
         "text": {"name": path.name, "bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()},
         "processes": cores,
         "tiktoken": tiktoken.__version__,
@@ -106,6 +124,9 @@ def measure(path: Path, processes: int = 0, rounds: int = 5) -> dict:
         quarter = Path(folder) / "quarter.txt"
         quarter.write_text(text[: len(text) // 4].decode("utf-8", errors="ignore"), encoding="utf-8", newline="")
         result["quarter"] = time_whole(quarter, cores)  # its memory should be that of the whole
+    result["learnt"] = [
+        [json.loads(start("learn", str(path), *job).communicate()[0]) for _ in range(min(rounds, 3))] for job in LEARNT
+    ]
     return result
 
 
@@ -122,4 +143,4 @@ def ratios(result: dict) -> list[dict]:
 
 if __name__ == "__main__":
     what, *arguments = json.loads(sys.argv[1])
-    {"raw": raw, "whole": whole}[what](*arguments)
+    {"raw": raw, "whole": whole, "learn": learn}[what](*arguments)

@@ -333,17 +333,49 @@ def shakespeare_table(result: dict) -> list[Block]:
 
 
 def run_table(result: dict) -> list[Block]:
-    cfg, found = result["requested"], result["evaluation"]
+    cfg, found = result["requested"], result["evaluation"]["validation"]
     rows = [
         ["parameters", f"{result['parameters'] / 1e6:.2f}M"],
         ["steps × tokens", f"{len(result['losses'])} × {cfg['tokens_per_step']:,}"],
         ["training", f"{result['seconds']['train']:.0f} s, {result['tokens_per_s']:,.0f} tokens/s"],
-        ["validation loss", f"{found['val_loss']:.3f}"],
+        ["validation loss", f"{found['loss']:.3f}"],
         ["perplexity", f"{found['perplexity']:.2f}"],
         ["bits per byte", f"{found['bits_per_byte']:.3f}"],
     ]
     quoted = Quote("\n".join(result["sample"].strip().splitlines()[:16]))
     return [Table([result["config"], ""], rows), f"{machine_line(result)}. It wrote:", quoted]
+
+
+def data_table(result: dict) -> list[Block]:
+    """prepare_data.py beside tiktoken by itself; a BPE of one's own beside GPT-2's."""
+    # speed.py imports torch by way of prepare_data.py, this file must not: what it calls a way is a key here
+    shares, rates = [], []
+    for timed in result["rounds"]:
+        ways = {name: t["tokens"] / t["s"] for name, t in timed.items()}
+        rates.append(ways)
+        shares.append(ways["whole"] / max(rate for name, rate in ways.items() if name != "whole"))
+    names = {name: f"tiktoken, {name}" for name in rates[0]} | {"whole": "prepare_data.py, from the file to the manifest"}
+    rows = [
+        [names[name], f"{statistics.median(r[name] for r in rates):,.0f}", f"{min(r[name] for r in rates):,.0f}"]
+        + [f"{max(r[name] for r in rates):,.0f}"]
+        for name in rates[0]
+    ]
+    peak, quarter = (t["peak_bytes"] + sum(t["worker_peak_bytes"]) for t in (result["rounds"][-1]["whole"], result["quarter"]))
+    text = result["text"]
+    blocks: list[Block] = [
+        Table([f"{text['bytes']:,} bytes of text, {result['processes']} processes", "tokens/s", "least", "most"], rows),
+        f"prepare_data.py reaches {statistics.median(shares):.0%} [{min(shares):.0%}, {max(shares):.0%}] of the fastest of "
+        f"tiktoken's own ways in each of {len(shares)} rounds. Its processes hold {peak / 2**20:,.0f} MiB together at the most, "
+        f"{quarter / 2**20:,.0f} on a quarter of the text.",
+    ]
+    rows = []
+    for runs in result["learnt"]:
+        first, times = runs[0], [r["s"] for r in runs]
+        own, gpt2 = first["bytes_per_token"]["own"], first["bytes_per_token"]["gpt2"]
+        rows.append([f"{first['merges']:,} merges from {first['text_bytes']:,} bytes", f"{statistics.median(times):.2f}"])
+        rows[-1] += [f"{min(times):.2f} – {max(times):.2f}", f"{own:.2f}", f"{gpt2:.2f}"]
+    head = ["a BPE of one's own", "seconds", "range", "bytes per token, unseen text", "GPT-2's"]
+    return [*blocks, Table(head, rows), f"tiktoken {result['tiktoken']}. {machine_line(result)}."]
 
 
 def safety_table(result: dict) -> list[Block]:
@@ -602,6 +634,7 @@ KINDS: dict[str, Callable[[dict], list[Block]]] = {
     "stages": stages_table,
     "shakespeare": shakespeare_table,
     "run": run_table,
+    "data": data_table,
     "safety": safety_table,
     "kills": kills_table,
     "faults": faults_table,
