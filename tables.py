@@ -355,17 +355,13 @@ def data_table(result: dict) -> list[Block]:
         rates.append(ways)
         shares.append(ways["whole"] / max(rate for name, rate in ways.items() if name != "whole"))
     names = {name: f"tiktoken, {name}" for name in rates[0]} | {"whole": "prepare_data.py, from the file to the manifest"}
-    rows = [
-        [names[name], f"{statistics.median(r[name] for r in rates):,.0f}", f"{min(r[name] for r in rates):,.0f}"]
-        + [f"{max(r[name] for r in rates):,.0f}"]
-        for name in rates[0]
-    ]
+    rows = [[names[name], *(f"{of(r[name] for r in rates):,.0f}" for of in (statistics.median, min, max))] for name in rates[0]]
     peak, quarter = (t["peak_bytes"] + sum(t["worker_peak_bytes"]) for t in (result["rounds"][-1]["whole"], result["quarter"]))
     text = result["text"]
     blocks: list[Block] = [
         Table([f"{text['bytes']:,} bytes of text, {result['processes']} processes", "tokens/s", "least", "most"], rows),
         f"prepare_data.py reaches {statistics.median(shares):.0%} [{min(shares):.0%}, {max(shares):.0%}] of the fastest of "
-        f"tiktoken's own ways in each of {len(shares)} rounds. Its processes hold {peak / 2**20:,.0f} MiB together at the most, "
+        f"tiktoken's own ways in each of {len(shares)} rounds. Its processes hold {peak / 2**20:,.0f} MiB together at most, "
         f"{quarter / 2**20:,.0f} on a quarter of the text.",
     ]
     rows = []
