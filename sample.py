@@ -5,6 +5,8 @@
     python sample.py path/to/hf_dir --temperature=0           a folder in the Hugging Face layout, greedily
     python sample.py config/stages/s1_inference.py            random weights
     echo "To be" | python sample.py out/shakespeare --prompt -    the prompt from standard input
+    python sample.py out/large --draft=out/small              the same distribution, sooner: the small model proposes
+    python sample.py out/shakespeare --dtype=bfloat16 --quantize=int8    weights in fewer bits: nearly the same, sooner
 
 The model sees at most block_size tokens. A longer prompt keeps its last block_size. Text longer than that goes on in a window:
 whenever it is full, the oldest half is forgotten, so a new token never costs more than one position on average two.
@@ -12,6 +14,7 @@ whenever it is full, the oldest half is forgotten, so a new token never costs mo
 
 import codecs
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +25,7 @@ from torch import Tensor
 
 import configurator
 from model import GPT, KVCache, UserError
+from tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,15 +54,29 @@ class Sampling:
     """where to compute"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """precision of the weights and of the arithmetic"""
+    quantize: Literal["none", "int8", "int4"] = "none"
+    """keep the weights in fewer bits: int8 a scale per row, int4 one per 32 numbers; quantize.py says what that costs"""
+    draft: str = ""
+    """a smaller model of the same vocabulary, whose proposals the model accepts or replaces: the same distribution, sooner"""
+    draft_tokens: int = 4
+    """how many tokens the draft proposes at a time"""
 
     def __post_init__(self):
         configurator.check_types(vars(self), Sampling)
         configurator.check_at_least(self, 0, "max_new_tokens", "temperature", "top_k", "seed")
-        configurator.check_at_least(self, 1, "num_samples")
+        configurator.check_at_least(self, 1, "num_samples", "draft_tokens")
         if not 0.0 < self.top_p <= 1.0:
             raise UserError(f"top_p={self.top_p} must lie in (0, 1]")
         if self.prompt and self.prompt_file:
             raise UserError("prompt and prompt_file exclude each other: type one of them")
+        if self.quantize != "none" and self.dtype == "float32":
+            raise UserError(f"quantize={self.quantize} is for decoding in 16 bits: type --dtype=bfloat16 as well")
+        if self.draft and self.num_samples > 1:
+            raise UserError(f"draft={self.draft} proposes for one sample, not {self.num_samples}: type --num_samples=1")
+        if self.draft and not self.kv_cache:
+            raise UserError(f"draft={self.draft} needs the cache: leave out --kv_cache=False")
+        if self.draft_tokens != 4 and not self.draft:
+            raise UserError(f"draft_tokens={self.draft_tokens} is for a draft model: type --draft=out/smaller as well")
 
 
 def next_distribution(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
@@ -80,6 +98,42 @@ def next_distribution(logits: Tensor, temperature: float, top_k: int, top_p: flo
     return logits.softmax(1)
 
 
+class Past:
+    """What a model has seen, and how much of it is in its cache. The window's rule is here (see the top of this file)."""
+
+    def __init__(self, model: GPT, prompt: list[int], num_samples: int = 1, kv_cache: bool = True):
+        """prompt: at least one id; its last block_size are seen, by each of num_samples sequences."""
+        assert prompt, "there must be at least one token to start from"
+        weight = model.transformer.wpe.weight
+        self.model, self.window = model, model.cfg.block_size
+        self.seen = torch.tensor([prompt[-self.window :]] * num_samples, device=weight.device)  # (B, S)
+        self.cache = KVCache(model.cfg, num_samples, weight.device, weight.dtype) if kv_cache else None
+
+    @property
+    def room(self) -> int:
+        """Tokens that can be added before the window moves."""
+        return self.window - self.seen.size(1)
+
+    def logits(self, count: int = 1) -> Tensor:
+        """(B, count, V): after each of the last `count` tokens, which must not be in the cache."""
+        fresh = self.seen[:, self.cache.length :] if self.cache else self.seen
+        return self.model(fresh, cache=self.cache, last_only=count == 1)[:, -count:]
+
+    def add(self, tokens: Tensor) -> None:
+        """Tokens (B, n). A window that overflows keeps its newer half: positions are absolute, so it is read again from 0."""
+        self.seen = torch.cat((self.seen, tokens), dim=1)
+        if self.seen.size(1) > self.window:
+            self.seen = self.seen[:, -max(1, self.window // 2) :]
+            if self.cache:
+                self.cache.length = 0
+
+    def forget(self, count: int) -> None:
+        """Undo the last `count` tokens, added since the window moved last."""
+        self.seen = self.seen[:, : self.seen.size(1) - count]
+        if self.cache:
+            self.cache.length = min(self.cache.length, self.seen.size(1))
+
+
 @torch.no_grad()  # not inference_mode: sharded models (train.py writes samples) cannot be read in it
 def generate(
     model: GPT,
@@ -98,26 +152,89 @@ def generate(
     prompt: at least one id. With or without the cache the same tokens come out: what the model sees is decided by the
     number of tokens alone (see the top of this file).
     """
-    assert prompt, "generate() needs at least one token to start from"
-    window = model.cfg.block_size
-    weight = model.lm_head.weight
-    random = torch.Generator(device=weight.device).manual_seed(seed)
-    seen = torch.tensor([prompt[-window:]] * num_samples, device=weight.device)  # (B, S): what the model may look at
-    cache = KVCache(model.cfg, num_samples, weight.device, weight.dtype) if kv_cache else None
-    fresh = seen  # the part of it that is not in the cache
+    past = Past(model, prompt, num_samples, kv_cache)
+    random = torch.Generator(device=past.seen.device).manual_seed(seed)
     for _ in range(max_new_tokens):
-        logits = model(fresh if cache else seen, cache=cache, last_only=True)[:, -1]
-        p = next_distribution(logits, temperature, top_k, top_p)
+        p = next_distribution(past.logits()[:, -1], temperature, top_k, top_p)
         token = p.argmax(1, keepdim=True) if temperature == 0 else torch.multinomial(p, 1, generator=random)
         yield token[:, 0].cpu()
-        seen = fresh = torch.cat((seen, token), dim=1)
-        if cache and seen.size(1) <= window:
-            fresh = token
-        elif seen.size(1) > window:
-            # full: positions are absolute, so the newer half is read again from position 0
-            seen = fresh = seen[:, -max(1, window // 2) :]
-            if cache:
-                cache.length = 0
+        past.add(token)
+
+
+@dataclass
+class Drafted:
+    """How speculation went, counted while it goes."""
+
+    proposed: int = 0
+    accepted: int = 0
+    passes: int = 0  # forward passes of the model itself
+
+    def summary(self, seconds: float) -> str:
+        made = self.accepted + self.passes
+        return (
+            f"draft: {self.accepted} of {self.proposed} proposals accepted ({self.accepted / max(1, self.proposed):.0%}), "
+            f"{made / max(1, self.passes):.2f} tokens per pass of the model, {made / seconds:.1f} tokens/s"
+        )
+
+
+@torch.no_grad()
+def speculate(
+    model: GPT,
+    draft: GPT,
+    prompt: list[int],
+    max_new_tokens: int,
+    *,
+    draft_tokens: int = 4,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 1337,
+    counts: Drafted | None = None,
+) -> Iterator[Tensor]:
+    """generate() for one sample, sooner: a small draft model proposes tokens, the model reads them all in one pass.
+
+    A proposal x drawn from the draft's q is accepted with probability min(1, p(x) / q(x)), p being the model's; the first
+    that is not is replaced by a draw from max(0, p - q), normalised; if all are, the pass gives one more token for nothing.
+    So every token has the distribution p exactly, whatever the draft (Leviathan et al. 2023, theorem in appendix A), and
+    with temperature 0 the tokens are generate()'s. UserError if the vocabularies differ.
+    """
+    if model.cfg.vocab_size != draft.cfg.vocab_size:
+        raise UserError(
+            f"the draft knows {draft.cfg.vocab_size} tokens, the model {model.cfg.vocab_size}: both need one vocabulary"
+        )
+    counts = counts or Drafted()
+    past, ahead = Past(model, prompt), Past(draft, prompt)
+    random = torch.Generator(device=past.seen.device).manual_seed(seed)
+
+    def draw(p: Tensor) -> Tensor:
+        return torch.multinomial(p, 1, generator=random)  # of a distribution on one token (temperature 0): that token
+
+    left = max_new_tokens
+    while left:
+        n = min(draft_tokens, left - 1, past.room, ahead.room)  # no window moves under a proposal
+        proposals, q = [], []
+        for _ in range(n):
+            q.append(next_distribution(ahead.logits()[:, -1], temperature, top_k, top_p))
+            proposals.append(draw(q[-1]))
+            ahead.add(proposals[-1])
+        if proposals:
+            past.add(torch.cat(proposals, dim=1))
+        p = next_distribution(past.logits(n + 1)[0], temperature, top_k, top_p).split(1)  # n + 1 times (1, V)
+        chances = torch.rand(n, generator=random, device=past.seen.device)
+        kept = 0
+        # u < p/q, written so that it never divides; q(x) > 0, since x was drawn from it
+        while kept < n and chances[kept] * q[kept][0, proposals[kept]] < p[kept][0, proposals[kept]]:
+            kept += 1
+        rest = (p[kept] - q[kept]).clamp(min=0) if kept < n else p[kept]
+        after = draw(rest if rest.any() else p[kept])  # nothing is left where p and q differ by rounding alone
+        past.forget(n - kept)
+        ahead.forget(n - kept)
+        past.add(after)
+        ahead.add(after)
+        counts.proposed, counts.accepted, counts.passes = counts.proposed + n, counts.accepted + kept, counts.passes + 1
+        left -= kept + 1
+        for token in (*proposals[:kept], after):
+            yield token[:, 0].cpu()
 
 
 def read_prompt(cfg: Sampling) -> str:
@@ -142,22 +259,28 @@ def main(argv: list[str]) -> None:
 
     text = read_prompt(cfg)
     device = machine.pick_device(cfg.device)
-    model, tokenizer = checkpoint.load_model(places[0], say=lambda line: print(line, file=sys.stderr))
-    model = model.to(device, machine.DTYPES[cfg.dtype]).eval()
+
+    def load(where: str) -> tuple[GPT, Tokenizer]:
+        model, tokenizer = checkpoint.load_model(where, say=lambda line: print(line, file=sys.stderr))
+        return model.to(device, machine.DTYPES[cfg.dtype]).eval(), tokenizer
+
+    model, tokenizer = load(places[0])
+    if cfg.quantize != "none":
+        import quantize
+
+        model = quantize.convert(model, cfg.quantize)
     prompt = tokenizer.encode(text) or [tokenizer.start]
     if len(prompt) > model.cfg.block_size:
         print(f"the prompt has {len(prompt)} tokens: its last {model.cfg.block_size} are used", file=sys.stderr)
-    tokens = generate(
-        model,
-        prompt,
-        cfg.max_new_tokens,
-        num_samples=cfg.num_samples,
-        temperature=cfg.temperature,
-        top_k=cfg.top_k,
-        top_p=cfg.top_p,
-        seed=cfg.seed,
-        kv_cache=cfg.kv_cache,
-    )
+    how = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, seed=cfg.seed)
+    if cfg.draft:
+        draft, other = load(cfg.draft)
+        if other.to_json() != tokenizer.to_json():
+            raise UserError(f"{cfg.draft} and {places[0]} have different vocabularies: a draft needs the model's own")
+        counts, began = Drafted(), time.perf_counter()
+        tokens = speculate(model, draft, prompt, cfg.max_new_tokens, draft_tokens=cfg.draft_tokens, counts=counts, **how)
+    else:
+        tokens = generate(model, prompt, cfg.max_new_tokens, num_samples=cfg.num_samples, kv_cache=cfg.kv_cache, **how)
     if cfg.num_samples == 1:
         # a character may be spread over several tokens: hold its bytes back until it is whole
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -167,6 +290,8 @@ def main(argv: list[str]) -> None:
                 break
             print(decoder.decode(tokenizer.decode_bytes([token.item()])), end="", flush=True)
         print(decoder.decode(b"", final=True))
+        if cfg.draft:
+            print(counts.summary(time.perf_counter() - began), file=sys.stderr)
         return
     columns = torch.stack(list(tokens), dim=1).tolist() if cfg.max_new_tokens else [[]] * cfg.num_samples
     for number, ids in enumerate(columns, 1):

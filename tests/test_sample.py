@@ -188,6 +188,85 @@ def test_reduced_precision_runs_through_the_cache(tiny):
     assert len(draw(model, [1], 20)[0]) == 20
 
 
+# ---- a draft that proposes
+
+
+def speculated(model: GPT, other: GPT, prompt: list[int], n: int, **how) -> tuple[list[int], sample.Drafted]:
+    counts = sample.Drafted()
+    return [int(t) for t in sample.speculate(model, other, prompt, n, counts=counts, **how)], counts
+
+
+@pytest.fixture(scope="module")
+def small(tiny):
+    """A draft of another shape."""
+    return build(tiny(init="pytorch", block_size=8, n_layer=1, n_embd=16, n_head=1), seed=3)
+
+
+@pytest.mark.parametrize("block_size", [3, 8, 20])
+@pytest.mark.parametrize("draft_tokens", [1, 2, 5])
+@pytest.mark.parametrize("prompt", [[3], list(range(30))])
+def test_speculation_is_greedy_where_generate_is(model, tiny, draft_tokens, block_size, prompt):
+    """Over several moves of both windows, whatever the draft's length, size and opinion."""
+    expected = draw(model, prompt, 40, temperature=0)[0]
+    for seed in range(3):
+        draft = build(tiny(init="pytorch", block_size=block_size, n_layer=1), seed)
+        found, counts = speculated(model, draft, prompt, 40, draft_tokens=draft_tokens, temperature=0)
+        assert found == expected
+        assert counts.accepted + counts.passes == 40
+
+
+def test_a_model_accepts_its_own_proposals(model):
+    for temperature in (0, 1.0):
+        found, counts = speculated(model, model, [3], 30, draft_tokens=3, temperature=temperature)
+        assert len(found) == 30
+        assert counts.accepted == counts.proposed > 0
+        assert counts.passes < 15
+
+
+@pytest.mark.parametrize("how", [dict(), dict(temperature=0.5, top_k=6), dict(top_p=0.7)])
+def test_speculation_has_the_models_distribution(tiny, how):
+    """Chi-square over pairs of tokens, of which the first is proposed: 3,000 draws against the probabilities written out. The
+    draft's own distribution must fail the same test.
+    """
+    n, V = 3_000, 12
+    shape = dict(init="pytorch", block_size=8, vocab_size=V)
+    model, draft = build(tiny(**shape)), build(tiny(**shape, n_layer=1), seed=3)
+    pairs, accepted = torch.zeros(V, V), 0
+    for seed in range(n):
+        (a, b), counts = speculated(model, draft, [7], 2, draft_tokens=3, seed=seed, **how)
+        pairs[a, b] += 1
+        accepted += counts.accepted
+    assert 0.1 * n < accepted < 0.9 * n  # both ways are taken
+
+    def statistic(of: GPT) -> float:
+        """How far chi-square lies from its mean, in its standard deviations; infinite if something impossible was drawn."""
+        asked = dict(temperature=1.0, top_k=0, top_p=1.0) | how
+        first = sample.next_distribution(of(torch.tensor([[7]]))[:, -1], **asked)[0]
+        rows = [sample.next_distribution(of(torch.tensor([[7, a]]))[:, -1], **asked)[0] * first[a] for a in range(V)]
+        expected = torch.stack(rows) * n
+        likely = expected >= 5  # the rule of thumb for the approximation; the rest is one class
+        expected, observed = (torch.cat((t[likely], t[~likely].sum().view(1))) for t in (expected, pairs))
+        kept = expected > 0
+        if observed[~kept].any():
+            return math.inf
+        x2, freedom = ((observed - expected)[kept].square() / expected[kept]).sum().item(), kept.sum().item() - 1
+        return (x2 - freedom) / (2 * freedom) ** 0.5
+
+    with torch.no_grad():
+        assert abs(statistic(model)) < 4
+        assert statistic(draft) > 20
+
+
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_speculation_adds_as_many_tokens_as_asked(model, small, n):
+    assert len(speculated(model, small, [3], n)[0]) == n
+
+
+def test_a_draft_of_another_vocabulary_is_refused(model, tiny):
+    with pytest.raises(UserError, match="one vocabulary"):
+        next(sample.speculate(model, build(tiny(vocab_size=64, block_size=8)), [3], 5))
+
+
 # ---- the command line
 
 TEXT = "日本 🙂 žluť ꙮ 𝔘𝔫 — ok"
