@@ -754,7 +754,8 @@ def main(argv: list[str]) -> None:
     sizes = asked.by_device(device)
     # a look must not replace a measurement
     trial = ".trial" if sizes.quick or sizes.n_layer != Sizes.n_layer else ""
-    of = f"_{Path(places[0]).stem}" if command == "run" and places else ""
+    of = "".join(f"_{Path(p).stem}" for p in places) if command in ("run", "ab") else ""  # each its own file
+    of += f"_T{asked.sequence_length}" if command == "ab" and asked.sequence_length else ""
     path = results_dir(sizes, device) / f"{command}{of}{trial}.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)  # known before anything is measured

@@ -44,21 +44,23 @@ def has_kernel(device: torch.device) -> bool:
 
 class Int8Linear(nn.Module):
     """x Wᵀ + b with W in int8. On a CPU by torch's kernel, which reads the integers as they are; elsewhere W is made anew in
-    x's precision by a product that torch.compile fuses into the matmul's reading.
+    x's precision by a product that torch.compile fuses into the matmul's reading. For one token there is kernels/decode.py.
     """
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
         integers, scales = to_int8(linear.weight.detach())
         self.register_buffer("integers", integers)
-        self.register_buffer("scales", scales.to(linear.weight.dtype))
+        self.register_buffer("scales", scales)
+        self.register_buffer("row_sums", integers.sum(1, dtype=torch.int32))
         self.bias, self.packed = linear.bias, has_kernel(linear.weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
+        scales = self.scales.to(x.dtype)
         if self.packed:
-            y = torch._weight_int8pack_mm(x.flatten(0, -2), self.integers, self.scales).view(*x.shape[:-1], -1)
+            y = torch._weight_int8pack_mm(x.flatten(0, -2), self.integers, scales).view(*x.shape[:-1], -1)
         else:
-            y = F.linear(x, self.integers.to(x.dtype)) * self.scales
+            y = F.linear(x, self.integers.to(x.dtype)) * scales
         return y if self.bias is None else y + self.bias
 
 
@@ -73,7 +75,9 @@ class Int4Linear(nn.Module):
         integers, scales, low = to_int4(weight)
         self.packed = has_kernel(weight.device)
         if self.packed:
-            # torch's kernel computes (integer - 8) · scale + middle
+            # torch's kernel computes (integer - 8) · scale + middle, for rows in whole 16s
+            more = (0, 0, 0, -len(integers) % 16)
+            integers, scales, low = (F.pad(t, more) for t in (integers, scales, low))
             pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu
             self.register_buffer("integers", pack(integers.to(torch.int32), 1))
             both = torch.stack((scales, low + 8 * scales), dim=-1).transpose(0, 1)  # (in / 32, out, 2)
@@ -81,12 +85,13 @@ class Int4Linear(nn.Module):
         else:
             self.register_buffer("integers", integers[:, ::2] | integers[:, 1::2] << 4)
             self.register_buffer("scales", torch.stack((scales, low), dim=-1).to(weight.dtype))  # (out, in / 32, 2)
-        self.bias = linear.bias
+        self.bias, self.rows = linear.bias, len(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed:
             flat = x.flatten(0, -2)
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.integers, GROUP, self.scales).view(*x.shape[:-1], -1)
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.integers, GROUP, self.scales)
+            y = y[:, : self.rows].reshape(*x.shape[:-1], -1)
         else:
             nibbles = torch.stack((self.integers & 15, self.integers >> 4), dim=-1).flatten(1)
             scales, low = self.scales[..., None].unbind(2)

@@ -155,8 +155,11 @@ def generate(
     past = Past(model, prompt, num_samples, kv_cache)
     random = torch.Generator(device=past.seen.device).manual_seed(seed)
     for _ in range(max_new_tokens):
-        p = next_distribution(past.logits()[:, -1], temperature, top_k, top_p)
-        token = p.argmax(1, keepdim=True) if temperature == 0 else torch.multinomial(p, 1, generator=random)
+        logits = past.logits()[:, -1]
+        if temperature == 0:
+            token = logits.argmax(1, keepdim=True)
+        else:
+            token = torch.multinomial(next_distribution(logits, temperature, top_k, top_p), 1, generator=random)
         yield token[:, 0].cpu()
         past.add(token)
 
@@ -256,6 +259,8 @@ def main(argv: list[str]) -> None:
         raise UserError('which model? type python sample.py out/shakespeare --prompt "ROMEO:" (one model, then settings)')
     import checkpoint  # after --help
     import machine
+    import quantize
+    from kernels import decode
 
     text = read_prompt(cfg)
     device = machine.pick_device(cfg.device)
@@ -266,15 +271,15 @@ def main(argv: list[str]) -> None:
 
     model, tokenizer = load(places[0])
     if cfg.quantize != "none":
-        import quantize
-
         model = quantize.convert(model, cfg.quantize)
+    model = decode.wrap(model)
     prompt = tokenizer.encode(text) or [tokenizer.start]
     if len(prompt) > model.cfg.block_size:
         print(f"the prompt has {len(prompt)} tokens: its last {model.cfg.block_size} are used", file=sys.stderr)
     how = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, seed=cfg.seed)
     if cfg.draft:
         draft, other = load(cfg.draft)
+        draft = decode.wrap(draft)
         if other.to_json() != tokenizer.to_json():
             raise UserError(f"{cfg.draft} and {places[0]} have different vocabularies: a draft needs the model's own")
         counts, began = Drafted(), time.perf_counter()

@@ -1,6 +1,7 @@
 """A small model on two megabytes of TinyStories, with a vocabulary of its own: stories on two CPU cores in minutes.
 
-    python prepare_data.py tinystories_sample.txt --separator='<|endoftext|>' --val_fraction=0.05 --tokenizer=bpe --vocab_size=4096
+    python prepare_data.py tinystories_sample.txt --separator='<|endoftext|>' --val_fraction=0.05 \\
+        --tokenizer=bpe --vocab_size=4096
     python train.py config/tinystories_sample.py
 
 Expect: results/amd-epyc-2-cores/run_tinystories_sample.json. The text is seen about six times over; on the whole of TinyStories

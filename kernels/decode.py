@@ -1,0 +1,161 @@
+"""One token through GPT-2, on a CPU with AVX512, as one call: the kernel is decode.c, its plain reference GPT.forward().
+
+    model = decode.wrap(model)          the same to call; one sequence's one new token goes through the kernel
+    decode.why_not(model)               what stands against that here, or None
+
+For one sequence a token costs as long as its weights take to be read. In bfloat16 PyTorch reads them at six tenths of the rate
+of a copy here, and spends more between its hundreds of calls on small tensors (LOG.md). The kernel is built by the C compiler
+in a second, once for each version of the source and kind of CPU.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from ctypes import POINTER, Structure, c_int, c_long, c_void_p, pointer
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from model import GPT, KVCache
+from quantize import Int8Linear
+
+SOURCE = Path(__file__).with_suffix(".c")
+COMPILE = ["-O3", "-march=native", "-ffast-math", "-fopenmp", "-shared", "-fPIC"]
+FEATURES = ("avx512f", "avx512bw", "avx512_bf16", "avx512_vnni")
+WIDEST = LONGEST = 16384  # as in decode.c
+
+
+class _Linear(Structure):
+    _fields_ = [(name, c_void_p) for name in ("weight", "scales", "row_sums", "bias")] + [("rows", c_long), ("width", c_long)]
+
+
+class _Norm(Structure):
+    _fields_ = [("weight", c_void_p), ("bias", c_void_p)]
+
+
+class _Layer(Structure):
+    _fields_ = [
+        *((name, _Norm) for name in ("ln_1", "ln_2")),
+        *((name, _Linear) for name in ("c_attn", "attn_proj", "c_fc", "mlp_proj")),
+        *((name, c_void_p) for name in ("keys", "values")),
+    ]
+
+
+class _Model(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("wte", "wpe")),
+        ("layers", POINTER(_Layer)),
+        ("ln_f", _Norm),
+        ("head", _Linear),
+        *((name, c_long) for name in ("n_layer", "n_head", "n_embd", "positions")),
+    ]
+
+
+def cache_dir() -> Path:
+    """The user's own cache: code that is loaded must not lie where others can write."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoladder"
+
+
+@functools.cache
+def build() -> ctypes.CDLL | str:
+    """The kernel, loaded; or why there is none."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return f"it is written for Linux on x86_64, not {platform.system()} on {platform.machine()}"
+    flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1]
+    if missing := [f for f in FEATURES if f not in flags.split()]:
+        return f"this CPU lacks {', '.join(missing)}"
+    key = hashlib.sha256(SOURCE.read_bytes() + " ".join([flags, *COMPILE]).encode()).hexdigest()[:16]
+    library = cache_dir() / f"decode_{key}.so"
+    try:
+        if not library.is_file():
+            compiler = next(filter(None, map(shutil.which, ("gcc", "clang", "cc"))), None)
+            if not compiler:
+                return "there is no C compiler (Debian: apt install gcc)"
+            library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+                made = Path(folder, "decode.so")
+                done = subprocess.run([compiler, *COMPILE, SOURCE, "-o", made, "-lm"], capture_output=True, text=True)
+                if done.returncode:
+                    return f"{compiler} cannot build {SOURCE.name}: {(done.stderr.strip().splitlines() or ['no message'])[0]}"
+                os.replace(made, library)
+        loaded = ctypes.CDLL(str(library))
+    except OSError as e:
+        return f"cannot build {library}: {e}"
+    loaded.decode.argtypes, loaded.decode.restype = [POINTER(_Model), c_long, c_long, c_void_p, c_int], None
+    return loaded
+
+
+def why_not(model: GPT) -> str | None:
+    """Why the kernel cannot decode this model here, or None."""
+    cfg, weight = model.cfg, model.transformer.wte.weight
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+        return f"it computes bfloat16 on a CPU, not {str(weight.dtype).removeprefix('torch.')} on {weight.device.type}"
+    odd = {type(m).__name__ for m in linears(model)} - {"Linear", "Int8Linear"}
+    if odd:
+        return f"it does not know {', '.join(odd)}"
+    if cfg.n_embd % 64 or cfg.n_embd // cfg.n_head % 32 or cfg.n_embd // cfg.n_head > 256:
+        return f"it takes widths in whole 64s and heads in whole 32s up to 256, not {cfg.n_embd} and {cfg.n_embd // cfg.n_head}"
+    if 4 * cfg.n_embd > WIDEST or cfg.block_size > LONGEST:
+        return f"it takes widths up to {WIDEST // 4} and {LONGEST} positions"
+    found = build()
+    return found if isinstance(found, str) else None
+
+
+def linears(model: GPT) -> list[nn.Module]:
+    """Every linear layer, in the kernel's order, the head last."""
+    return [m for b in model.transformer.h for m in (b.attn.c_attn, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj)] + [model.lm_head]
+
+
+def _linear(module: nn.Module) -> _Linear:
+    bias = None if module.bias is None else module.bias.data_ptr()
+    if isinstance(module, Int8Linear):
+        integers = module.integers
+        return _Linear(integers.data_ptr(), module.scales.data_ptr(), module.row_sums.data_ptr(), bias, *integers.shape)
+    return _Linear(module.weight.data_ptr(), None, None, bias, *module.weight.shape)
+
+
+def _norm(module: nn.LayerNorm) -> _Norm:
+    return _Norm(module.weight.data_ptr(), None if module.bias is None else module.bias.data_ptr())
+
+
+class Decoder(nn.Module):
+    """A model that is called as GPT is. Keeps addresses of its weights: they must not be replaced afterwards."""
+
+    def __init__(self, model: GPT):
+        super().__init__()
+        assert why_not(model) is None, "the caller asks first"
+        self.model, self.cfg, self.transformer = model, model.cfg, model.transformer
+        self.cache = None  # the one whose addresses are in the structs
+        cfg, parts = model.cfg, [_linear(m) for m in linears(model)]
+        layers = (_Layer * cfg.n_layer)()
+        for n, block in enumerate(model.transformer.h):
+            layers[n] = _Layer(_norm(block.ln_1), _norm(block.ln_2), *parts[4 * n : 4 * n + 4], None, None)
+        wte, wpe = (model.transformer[name].weight.data_ptr() for name in ("wte", "wpe"))
+        sizes = cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.block_size
+        self.structs = _Model(wte, wpe, layers, _norm(model.transformer.ln_f), parts[-1], *sizes)
+
+    def forward(self, idx: Tensor, cache: KVCache | None = None, last_only: bool = False) -> Tensor:
+        """Logits as GPT.forward gives them, float32 from the kernel. idx (B, T)."""
+        if cache is None or idx.shape != (1, 1):
+            return self.model(idx, cache=cache, last_only=last_only)
+        assert cache.length < self.cfg.block_size, "the cache is full"
+        if cache is not self.cache:
+            self.cache = cache
+            for n in range(self.cfg.n_layer):
+                self.structs.layers[n].keys, self.structs.layers[n].values = cache.k[n].data_ptr(), cache.v[n].data_ptr()
+        logits = torch.empty(self.structs.head.rows)
+        build().decode(pointer(self.structs), idx.item(), cache.length, logits.data_ptr(), torch.get_num_threads())
+        cache.length += 1
+        return logits[: self.cfg.vocab_size].view(1, 1, -1)
+
+
+def wrap(model: GPT) -> GPT | Decoder:
+    """The model behind the kernel, or the model itself where why_not() speaks."""
+    return model if why_not(model) else Decoder(model)
