@@ -2,14 +2,17 @@
 
     python bench.py ladder             every rung of config/ladder/, each against the one before it and against the first
     python bench.py ablate             the top rung with one setting put back at a time
+    python bench.py candidates         the top rung with one setting of CANDIDATES instead: what else might be faster here
     python bench.py verify             every setting against float64, on the same weights and batch
     python bench.py why [config.py]    where a step's time goes, beside its floor, and what to try next
     python bench.py compare A.json B.json --max_regression=3%
     python bench.py ab A.py B.py       two configs, paired and interleaved: tokens/s and loss with confidence intervals
     python bench.py sampling           tokens/s with and without the KV cache
+    python bench.py decode [out/run]   tokens/s in each precision, beside the floor and transformers; a run's losses as well
     python bench.py stages             what each stage of config/stages/ reaches
     python bench.py shakespeare        what `make train` does, timed from a cold compiler cache: train, then sample
     python bench.py run config.py      one whole run: its losses, its evaluation, a text that it writes
+    python bench.py start              from typing train.py to the first step done, with and without compiled code at hand
     python bench.py data               tokens/s of prepare_data.py beside tiktoken's own; a BPE learnt, timed and compared
     python bench.py safety             what it costs to be reproducible, and to save
     python bench.py kills              config/shakespeare.py killed at twenty random moments, against the same undisturbed
@@ -330,8 +333,12 @@ def climb(rungs: list[Rung], sizes: Sizes, device: torch.device) -> tuple[list[R
     return climbed, skipped
 
 
-def run_rounds(rungs: list[Rung], skipped: dict[str, str], sizes: Sizes, min_timed: int) -> dict[str, list[dict]]:
-    """Measure every rung `rounds` times, interleaved. {name: [result, …]}; a rung that fails is added to `skipped`."""
+def run_rounds(
+    rungs: list[Rung], skipped: dict[str, str], sizes: Sizes, min_timed: int, halve: bool = True
+) -> dict[str, list[dict]]:
+    """Measure every rung `rounds` times, interleaved. {name: [result, …]}; a rung that fails is added to `skipped`. Running out
+    of memory is a failure like others, or with `halve` OutOfMemory.
+    """
     results: dict[str, list[dict]] = {rung.name: [] for rung in rungs}
     with tqdm(total=sizes.rounds * (len(rungs) - len(skipped)), disable=None, unit="run") as bar:
         for number in range(sizes.rounds):
@@ -342,7 +349,7 @@ def run_rounds(rungs: list[Rung], skipped: dict[str, str], sizes: Sizes, min_tim
                 steps = sizes.steps if number == 0 else 1
                 result = in_fresh_process(rung.cfg, steps=steps, min_timed=min_timed)
                 bar.update()
-                if result.get("out_of_memory"):
+                if result.get("out_of_memory") and halve:
                     raise OutOfMemory(f"{rung.name}: {result['error']}")
                 if "error" in result:
                     skipped[rung.name] = result["error"]
@@ -388,13 +395,44 @@ def ablate(sizes: Sizes, device: torch.device) -> dict:
     rungs = [Rung("top", "the top rung", top.cfg, "top", {})]
     rung = top
     while rung.changes:  # down the chain; a twin is never met
-        ((field, (before, after)),) = rung.changes.items()
+        ((field, (before, _)),) = rung.changes.items()
         if field != "fp32_precision" or top.cfg.dtype == "float32":  # else no float32 matmul is left for it to act on
             cfg = replace(top.cfg, **{field: before})
-            rungs.insert(1, Rung(f"without_{field}", rung.title, cfg, "top", {field: (after, before)}))
+            changes = {field: (getattr(top.cfg, field), before)}  # a later rung may have changed it again
+            rungs.insert(1, Rung(f"without_{rung.name}", rung.title, cfg, "top", changes))
         rung = chain[rung.versus]
     skipped = {}
     return record("ablate", sizes, rungs, skipped, run_rounds(rungs, skipped, sizes, min_timed=3))
+
+
+# What may be faster than the top rung on some machine: each alone, in its place. Micro-batches times the top rung's own.
+CANDIDATES: dict[str, tuple] = {
+    "batch_size": (0.25, 0.5, 2, 4),
+    "attention": ("naive", "sdpa"),
+    "sdpa_backend": ("flash", "cudnn", "efficient"),
+    "compile_mode": ("max-autotune-no-cudagraphs", "reduce-overhead"),
+    "compile_scope": ("block",),
+    "vocab_multiple": (64, 256),
+}
+
+
+def candidates(sizes: Sizes, device: torch.device) -> dict:
+    """The top rung, at four of its micro-batches per step, and it with one setting of CANDIDATES at a time."""
+    sizes = replace(sizes, tokens_per_step=max(sizes.tokens_per_step, 4 * sizes.batch_size * sizes.sequence_length))
+    top = top_rung(*climb(load_ladder(), sizes, device)).cfg
+    rungs, skipped = [Rung("top", "the top rung", top, "top", {})], {}
+    for field, values in CANDIDATES.items():
+        for value in values:
+            value = max(1, int(top.batch_size * value)) if field == "batch_size" else value
+            cfg = replace(top, **{field: value})
+            if cfg == top:
+                continue
+            rung = Rung(f"{field}={value}", field, cfg, "top", {field: (getattr(top, field), value)})
+            rungs.append(rung)
+            if reason := cannot_be_had(cfg, device):
+                skipped[rung.name] = reason
+    results = run_rounds(rungs, skipped, sizes, min_timed=3, halve=False)
+    return record("candidates", sizes, rungs, skipped, results)
 
 
 def record(kind: str, sizes: Sizes, rungs: list[Rung], skipped: dict[str, str], results: dict[str, list[dict]]) -> dict:
@@ -502,6 +540,15 @@ def sampling(sizes: Sizes, device: torch.device) -> dict:
     return header("sampling", sizes) | {"prompt_tokens": 64, "new_tokens": count, "tokens_per_s": speeds, "same_tokens": same}
 
 
+def decode(paths: list[str], sizes: Sizes, device: torch.device) -> dict:
+    """decoding.py on GPT-2 124M with random weights, or on a model."""
+    import decoding
+
+    if len(paths) > 1:
+        raise UserError(f"{paths[1]!r} is one argument too many: type python bench.py decode [out/run]")
+    return header("decode", sizes) | decoding.measure(*paths or [""], sizes, device)
+
+
 def residual_stream(cfg: Config) -> list[float]:
     """Standard deviation of the residual stream at init: behind the embedding, then behind each block."""
     from data import open_dataset
@@ -573,6 +620,30 @@ def shakespeare(sizes: Sizes, device: torch.device) -> dict:
         "requested": next(r["config"] for r in records if "config" in r),
         "sample": texts["sample"],
     }
+
+
+def start(sizes: Sizes, device: torch.device) -> dict:
+    """Seconds from starting train.py until its first step is done: with an empty compiler cache, and with what that left."""
+    seconds: dict[str, dict[str, list[float]]] = {}
+    for _ in tqdm(range(sizes.rounds), desc="start", disable=None):
+        for scope in ("block", "model"):
+            kept = seconds.setdefault(scope, {"first": [], "second": []})
+            with tempfile.TemporaryDirectory() as folder:
+                flags = [f"--out_dir={folder}/run", f"--data_dir={sizes.data_dir}", f"--device={sizes.device}", "--max_steps=2"]
+                flags += [f"--compile_scope={scope}", "--compile=True", "--eval_tokens=64"]
+                env = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"}
+                env |= {"PYTHONUNBUFFERED": "1", "XDG_CACHE_HOME": folder}
+                for which in kept:
+                    began, took = time.perf_counter(), None
+                    command = [sys.executable, "train.py", "config/shakespeare.py", *flags]
+                    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=env) as process:
+                        for line in process.stdout:
+                            if took is None and line.startswith("step"):
+                                took = time.perf_counter() - began
+                    if process.returncode or took is None:
+                        raise UserError(f"{' '.join(command[1:])} ended with {process.returncode}")
+                    kept[which].append(took)
+    return header("start", sizes) | {"config": "config/shakespeare.py", "seconds": seconds}
 
 
 def whole_run(paths: list[str], sizes: Sizes) -> dict:
@@ -721,15 +792,17 @@ def compare(paths: list[str], asked: Sizes) -> None:
 MEASURES = {
     "ladder": ladder,
     "ablate": ablate,
+    "candidates": candidates,
     "verify": verify,
     "sampling": sampling,
     "stages": stages,
     "shakespeare": shakespeare,
+    "start": start,
     "data": data,
     "safety": safety,
     "kills": kills,
 }
-COMMANDS = [*MEASURES, "run", "why", "ab", "compare"]
+COMMANDS = [*MEASURES, "run", "decode", "why", "ab", "compare"]
 
 
 def results_dir(sizes: Sizes, device: torch.device) -> Path:
@@ -754,7 +827,7 @@ def main(argv: list[str]) -> None:
     sizes = asked.by_device(device)
     # a look must not replace a measurement
     trial = ".trial" if sizes.quick or sizes.n_layer != Sizes.n_layer else ""
-    of = "".join(f"_{Path(p).stem}" for p in places) if command in ("run", "ab") else ""  # each its own file
+    of = "".join(f"_{Path(p).stem}" for p in places) if command in ("run", "ab", "decode") else ""  # each its own file
     of += f"_T{asked.sequence_length}" if command == "ab" and asked.sequence_length else ""
     path = results_dir(sizes, device) / f"{command}{of}{trial}.json"
     try:
@@ -765,6 +838,8 @@ def main(argv: list[str]) -> None:
         result = ab(places, asked, device)
     elif command == "run":
         result = whole_run(places, sizes)
+    elif command == "decode":
+        result = decode(places, sizes, device)
     elif command == "why":
         result = why(places, asked, device)
     elif command in ("ladder", "ablate"):

@@ -87,6 +87,10 @@ class Config(GPTConfig):
     compile_scope: Literal["auto", "model", "block"] = "auto"
     """model: one graph; block: one transformer block, compiled once and used n_layer times (starts sooner); auto: model, but
     block under fsdp"""
+    compile_mode: Literal["default", "max-autotune-no-cudagraphs", "reduce-overhead"] = "default"
+    """what torch.compile tries: max-autotune times several kernels for each matmul, reduce-overhead records CUDA graphs"""
+    sdpa_backend: Literal["any", "flash", "cudnn", "efficient"] = "any"
+    """which of PyTorch's fused attention kernels attention=sdpa may use on CUDA; any: in PyTorch's own order"""
     fused_adamw: bool | Literal["auto"] = "auto"
     """AdamW as one kernel over all parameters instead of a loop of small ones"""
     reuse_memory: bool | Literal["auto"] = "auto"

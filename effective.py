@@ -55,8 +55,10 @@ def effective(run: "Run") -> dict:
         "fp32_precision": machine.fp32_precision_measured(device),
         "attention": "sdpa" if fused else "blocked" if max(spy.rows) < x.size(1) else "naive",
         "attention_kernel": "+".join(sorted(spy.kernels)) or "separate matmuls",
+        "sdpa_backend": machine.sdpa_backend(device),
         "compile_scope": scope,
         "compile": scope != "none" and stats["stats"]["unique_graphs"] > 0,
+        "compile_mode": mode_of(stats),
         "graphs": stats["stats"]["unique_graphs"],
         "graph_breaks": sum(stats["graph_break"].values()),
         "fused_adamw": bool(parallel.own(run.optimizer).param_groups[0]["fused"]),
@@ -76,6 +78,18 @@ def effective(run: "Run") -> dict:
     }
 
 
+def mode_of(stats: dict) -> str:
+    """What torch.compile tried in this process, from what it counted: kernels timed against each other, graphs recorded."""
+    if stats["inductor"]["select_algorithm_num_precompiles"] or stats["inductor"]["select_algorithm_autotune"]:
+        return "max-autotune-no-cudagraphs"
+    if stats["stats"]["unique_graphs"] and torch.cuda.is_available():
+        from torch._inductor.cudagraph_trees import get_manager  # one is made when a graph is first recorded
+
+        if get_manager(torch.cuda.current_device(), create_if_none_exists=False):
+            return "reduce-overhead"
+    return "default"
+
+
 def mismatches(run: "Run", on: dict) -> list[str]:
     """Each setting that was asked for and is not what effective() found, with a remedy."""
     cfg = run.cfg
@@ -85,7 +99,9 @@ def mismatches(run: "Run", on: dict) -> list[str]:
     if run.world.size > 1:
         asked["parallel"] = cfg.parallel
     if cfg.compile and on["compile"]:
-        asked |= {"graph_breaks": 0, "compile_scope": cfg.compile_scope}
+        asked |= {"graph_breaks": 0, "compile_scope": cfg.compile_scope, "compile_mode": cfg.compile_mode}
+    if cfg.attention == "sdpa" and cfg.sdpa_backend != "any":
+        asked["attention_kernel"] = f"scaled_dot_product_{cfg.sdpa_backend}_attention"
     if cfg.dtype == "float32":
         asked["fp32_precision"] = cfg.fp32_precision
     if cfg.attention == "blocked" and cfg.T <= 16:
@@ -100,6 +116,8 @@ def mismatches(run: "Run", on: dict) -> list[str]:
         "graph_breaks": "type --compile=False, or see TORCH_LOGS=graph_breaks",
         "dtype": "type --dtype=float32",
         "padded_vocab_size": "type --vocab_multiple=1",
+        "compile_mode": "it changes nothing here: type --compile_mode=default",
+        "attention_kernel": "that kernel does not take these shapes here: type --sdpa_backend=any",
         "attention": "no fused attention kernel takes these shapes here: type --attention=naive",
         "fp32_precision": "this device does not round float32 matmuls that way: type --fp32_precision=ieee",
     }

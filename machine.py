@@ -1,5 +1,6 @@
 """What this machine is and can do: its device, precisions, compiler, memory allocator and peak rates."""
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -92,6 +93,19 @@ def why_no_compile(device: torch.device) -> str | None:
     return None
 
 
+def cache_dir() -> Path:
+    """The user's own cache. Not beside a run: what is in it is run, and a run's folder may come from a stranger."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoladder"
+
+
+def keep_compiled_code() -> None:
+    """Let torch.compile keep its code where a reboot does not empty it, so that a second start finds it."""
+    folder = cache_dir() / "compiled"
+    with contextlib.suppress(OSError):  # then it lies in the temporary folder, as torch.compile has it by itself
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+
+
 def keep_freed_memory() -> bool:
     """Tell glibc's malloc to keep what is freed instead of returning it to the kernel. True if it took.
 
@@ -180,6 +194,10 @@ def resolve(cfg: Config, device: torch.device) -> tuple[Config, list[str]]:
         "fused_adamw": None,  # CUDA, MPS and CPU all have the kernel
         "reuse_memory": None if device.type == "cpu" and platform.libc_ver()[0] == "glibc" else "it needs a CPU and glibc",
     }
+    if cfg.compile_mode == "reduce-overhead" and device.type != "cuda":
+        raise UserError(
+            f"compile_mode=reduce-overhead records CUDA graphs, which {device.type} has not: type --compile_mode=default"
+        )
     for name, reason in lacking.items():
         wanted = getattr(cfg, name)
         if wanted is True and reason:
@@ -187,6 +205,8 @@ def resolve(cfg: Config, device: torch.device) -> tuple[Config, list[str]]:
         if wanted == "auto":
             cfg = replace(cfg, **{name: reason is None})
             said.append(f"{name} = {reason is None}" + (f" ({reason})" if reason else ""))
+    if cfg.compile_mode != "default" and not cfg.compile:
+        raise UserError(f"compile_mode={cfg.compile_mode} needs --compile=True")
     if cfg.compile_scope == "auto":
         cfg = replace(cfg, compile_scope="block" if cfg.parallel == "fsdp" else "model")
         if cfg.compile:
@@ -207,6 +227,25 @@ def set_fp32_precision(how: str, device: torch.device) -> None:
     if device.type != "mps":
         backend = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
         backend.fp32_precision = how
+
+
+def set_sdpa_backend(which: str, device: torch.device) -> None:
+    """Which fused attention kernels PyTorch may choose from on CUDA, for this process; UserError elsewhere."""
+    if which != "any" and device.type != "cuda":
+        raise UserError(f"sdpa_backend={which} exists on CUDA only, not on {device.type}: type --sdpa_backend=any")
+    if device.type == "cuda":
+        torch.backends.cuda.enable_flash_sdp(which in ("any", "flash"))
+        torch.backends.cuda.enable_mem_efficient_sdp(which in ("any", "efficient"))
+        torch.backends.cuda.enable_cudnn_sdp(which in ("any", "cudnn"))
+        torch.backends.cuda.enable_math_sdp(which == "any")
+
+
+def sdpa_backend(device: torch.device) -> str:
+    """Which of them PyTorch may choose from, read back."""
+    cuda = torch.backends.cuda
+    flags = {"flash": cuda.flash_sdp_enabled(), "efficient": cuda.mem_efficient_sdp_enabled(), "cudnn": cuda.cudnn_sdp_enabled()}
+    on = [name for name, enabled in flags.items() if enabled]
+    return "any" if device.type != "cuda" or len(on) == 3 else "+".join(on)
 
 
 def fp32_precision_measured(device: torch.device) -> str:

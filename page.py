@@ -333,6 +333,7 @@ SECTIONS = {
         "Each row adds one setting to the row before it. The training stays the same; only its speed moves.",
     ),
     "ablate": ("The ablation", "The top rung with one setting put back at a time: what each is worth when all others are on."),
+    "candidates": ("Candidates", "The top rung with one other setting at a time: what might be faster on this machine."),
     "why": ("Where a step goes", "One profiled step, each part beside the least time that it can take on this machine."),
     "verify": ("Proof", "Every setting against a float64 reference that shares no line with the model or the optimizer."),
     "scale": (
@@ -340,6 +341,7 @@ SECTIONS = {
         "Equal FLOPs on models of different sizes, the law fitted to all of them, and a larger run that it predicted.",
     ),
     "shakespeare": ("The main job", "What make train does, from an empty compiler cache, and the text that it ends with."),
+    "start": ("Starting", "Seconds until the first step, with and without compiled code from an earlier start."),
     "run": ("Whole runs", "A config from its first step to its last, evaluated, and a text that the model wrote."),
     "evaluate": ("Evaluation", "What a model is worth on text that it has not seen."),
     "data": (
@@ -351,6 +353,7 @@ SECTIONS = {
     "safety": ("What safety costs", "Reproducible kernels, and saving in the foreground and in the background."),
     "stages": ("The stages", "From GPT-2's shape with random weights to GPT-2's own initialisation."),
     "sampling": ("Sampling", "Decoding with and without the cache of keys and values."),
+    "decode": ("Decoding", "Tokens per second in fewer bits, beside the time that reading the weights takes."),
     "ab": ("Two configs", "Seed by seed, in alternating order."),
 }
 

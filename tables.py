@@ -216,7 +216,8 @@ def steps_table(result: dict) -> list[Block]:
     if is_ladder:
         head = ["one setting more", "ms/step [IQR]", "tok/s", "× previous [min, max]", "× first", "time saved"]
     else:
-        head = ["one setting back", "ms/step [IQR]", "tok/s", "× slower [min, max]", "× top", "time added"]
+        back = "one setting back" if result["kind"] == "ablate" else "one setting instead"
+        head = [back, "ms/step [IQR]", "tok/s", "× slower [min, max]", "× top", "time added"]
     steps = len(base["losses"]) if base else 0
     notes.append(
         f"{machine_line(result)}. B={sizes['batch_size']}, T={sizes['sequence_length']}, {sizes['tokens_per_step']} tokens per "
@@ -293,6 +294,35 @@ def sampling_table(result: dict) -> list[Block]:
     ]
 
 
+def decode_table(result: dict) -> list[Block]:
+    """Tokens per second in each form, beside what reading the weights once for each token allows."""
+    copies = result["copy_bytes_per_s"]
+    rows = []
+    for way in result["ways"]:
+        speeds, B = way["tokens_per_s"], way["batch"]
+        # the weights are read once for all sequences of a batch
+        shares = [speed / B * way["bytes_per_token"] / copy for speed, copy in zip(speeds, copies, strict=True)]
+        loss = result["validation"].get(way["form"])
+        rows.append(
+            [
+                way["name"],
+                f"{B}",
+                f"{statistics.median(speeds):,.1f} [{min(speeds):,.1f}, {max(speeds):,.1f}]",
+                f"{way['bytes_per_token'] / 1e6:,.0f}",
+                f"{statistics.median(shares):.0%} [{min(shares):.0%}, {max(shares):.0%}]",
+                *([f"{loss['loss']:.4f}", f"{loss['perplexity']:,.2f}"] if loss else []),
+            ]
+        )
+    head = ["decoding", "sequences", "tok/s [min, max]", "MB read per token", "of the floor"]
+    head += ["validation loss", "perplexity"] if result["validation"] else []
+    return [
+        Table(head, rows),
+        f"{result['model']}; {result['new_tokens']} tokens after {result['prompt_tokens']}, {len(copies)} interleaved rounds. "
+        f"Floor: the weights, read once per token at the rate of a copy measured in the same round "
+        f"({statistics.median(copies) / 1e9:.1f} GB/s, read and written). {machine_line(result)}.",
+    ]
+
+
 def stages_table(result: dict) -> list[Block]:
     rows = [
         [
@@ -330,6 +360,18 @@ def shakespeare_table(result: dict) -> list[Block]:
     ]
     lines = result["sample"].strip().splitlines()[:16]
     return [Table(["make train", ""], rows), f"{machine_line(result)}. It wrote:", Quote("\n".join(lines))]
+
+
+def start_table(result: dict) -> list[Block]:
+    rows = []
+    for scope, seconds in result["seconds"].items():
+        shares = [b / a for a, b in zip(seconds["first"], seconds["second"], strict=True)]
+        cells = (f"{statistics.median(v):.1f} [{min(v):.1f}, {max(v):.1f}]" for v in seconds.values())
+        rows.append(
+            [f"compile_scope={scope}", *cells, f"{statistics.median(shares):.2f} [{min(shares):.2f}, {max(shares):.2f}]"]
+        )
+    head = [f"{result['config']}, seconds to the first step", "first start", "second start", "second / first"]
+    return [Table(head, rows), f"Medians [min, max]; the first start finds an empty compiler cache. {machine_line(result)}."]
 
 
 def run_table(result: dict) -> list[Block]:
@@ -625,10 +667,13 @@ def what_next(result: dict) -> str:
 KINDS: dict[str, Callable[[dict], list[Block]]] = {
     "ladder": steps_table,
     "ablate": steps_table,
+    "candidates": steps_table,
     "ab": ab_table,
     "sampling": sampling_table,
+    "decode": decode_table,
     "stages": stages_table,
     "shakespeare": shakespeare_table,
+    "start": start_table,
     "run": run_table,
     "data": data_table,
     "safety": safety_table,

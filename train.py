@@ -127,7 +127,9 @@ def compile_model(model: GPT, cfg: Config) -> nn.Module:
         return model
     # On a CPU, tanh as 2 sigmoid(2x) - 1: half the time of the library's vectorised tanh, and GELU adds 1 to it, so that what
     # cancels near 0 does not matter. 40 of 1,180 ms at B=4, T=256 (LOG.md).
-    options = {"cpp.use_decompose_tanh": True} if cfg.device == "cpu" else None
+    options = {"cpp.use_decompose_tanh": True} if model.lm_head.weight.device.type == "cpu" else {}
+    if cfg.compile_mode != "default":
+        options |= torch._inductor.list_mode_options(cfg.compile_mode)
     if cfg.compile_scope == "model":
         return torch.compile(model, options=options)
     for block in model.transformer.h:
@@ -189,6 +191,7 @@ def build(cfg: Config, recorded: guards.Recorded | None = None) -> tuple[Run, li
     if cfg.reuse_memory and not machine.keep_freed_memory():
         raise UserError("reuse_memory=True did not take: malloc refused; type --reuse_memory=False")
     machine.set_fp32_precision(cfg.fp32_precision, device)
+    machine.set_sdpa_backend(cfg.sdpa_backend, device)
     if device.type == "cpu":
         machine.limit_memory()
 
@@ -490,6 +493,7 @@ def snapshot(run: Run, step: int, extra: dict) -> checkpoint.Snapshot:
 
 def train(cfg: Config) -> None:
     """The whole run of a resolved-as-we-go Config: build, resume, step, validate, save."""
+    machine.keep_compiled_code()
     if parallel.attempt() and cfg.resume is False:
         cfg = replace(cfg, resume="auto")  # torchrun has started a run anew whose processes were killed
     run, said = build(cfg)

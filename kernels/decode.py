@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import machine
 from model import GPT, KVCache
 from quantize import Int8Linear
 
@@ -58,11 +59,6 @@ class _Model(Structure):
     ]
 
 
-def cache_dir() -> Path:
-    """The user's own cache: code that is loaded must not lie where others can write."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoladder"
-
-
 @functools.cache
 def build() -> ctypes.CDLL | str:
     """The kernel, loaded; or why there is none."""
@@ -72,7 +68,7 @@ def build() -> ctypes.CDLL | str:
     if missing := [f for f in FEATURES if f not in flags.split()]:
         return f"this CPU lacks {', '.join(missing)}"
     key = hashlib.sha256(SOURCE.read_bytes() + " ".join([flags, *COMPILE]).encode()).hexdigest()[:16]
-    library = cache_dir() / f"decode_{key}.so"
+    library = machine.cache_dir() / f"decode_{key}.so"
     try:
         if not library.is_file():
             compiler = next(filter(None, map(shutil.which, ("gcc", "clang", "cc"))), None)

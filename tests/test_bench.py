@@ -327,8 +327,8 @@ def test_each_rung_changes_one_setting_of_the_rung_before(rungs, chain):
         assert rung.versus == before.name
         assert len(rung.changes) == 1
         assert list(configurator.diff(before.cfg, rung.cfg)) == list(rung.changes)
-    settings = [f for r in chain[1:] for f in r.changes]
-    assert len(set(settings)) == len(settings)  # no setting twice
+    values = [(f, r.changes[f][1]) for r in chain[1:] for f in r.changes]
+    assert len(set(values)) == len(values)  # no setting to the same value twice
     assert all(re.match(r"Rung \d+", r.title) for r in rungs)
 
 
@@ -388,8 +388,8 @@ def test_where_everything_can_be_had_the_chain_is_the_ladder(rungs, chain, impos
         by_name = {r.name: r for r in climbed}
         assert configurator.diff(by_name[rung.versus].cfg, rung.cfg) == rung.changes
     top = climbed[-1].cfg
-    for asked in chain[1:]:
-        ((field, (_, value)),) = asked.changes.items()
+    wanted = {field: value for asked in chain[1:] for field, (_, value) in asked.changes.items()}  # of two, the later
+    for field, value in wanted.items():
         assert getattr(top, field) == value, f"{field} was lost on the way up"
 
 
@@ -613,26 +613,41 @@ def test_each_entry_puts_one_setting_back_to_what_it_was_below(rungs, chain, imp
     entries = {e["name"]: e for e in found["rungs"]}
     assert entries["top"]["changes"] == {}
     gone = ("fp32_precision", "processes")  # with bf16 no float32 matmul is left; the top is in one process
-    fields = [f for r in chain[1:] for f in r.changes if f not in gone]
-    assert list(entries) == ["top", *(f"without_{f}" for f in fields)]
+    back = [r for r in chain[1:] if not set(r.changes) & set(gone)]
+    assert list(entries) == ["top", *(f"without_{r.name}" for r in back)]
+    assert len({str(e["changes"]) for e in found["rungs"]}) == len(found["rungs"])  # each is another measurement
     for entry in found["rungs"]:
         changes = configurator.diff(top, Config(**entry["requested"]))
         assert {k: list(v) for k, v in changes.items()} == entry["changes"]
         assert entry["versus"] == "top"
     by_name = {r.name: r for r in bench.climb(rungs, asked, CPU)[0]}
-    for rung in chain[1:]:
+    for rung in back:
         ((field, _),) = rung.changes.items()
-        if field in fields:
-            below = by_name[rung.name].versus
-            assert entries[f"without_{field}"]["requested"][field] == getattr(by_name[below].cfg, field)
+        below = by_name[rung.name].versus
+        assert entries[f"without_{rung.name}"]["requested"][field] == getattr(by_name[below].cfg, field)
+
+
+def test_candidates_are_the_top_rung_with_one_other_setting(rungs, impossible, workers):
+    """What cannot be had is skipped with its reason, and running out of memory halves nothing."""
+    impossible(plain=rungs[0].cfg)
+    workers(lambda cfg: {"error": "too large", "out_of_memory": True} if cfg.compile_scope == "block" else result(cfg))
+    found = bench.candidates(sizes(rounds=1), CPU)
+    top, *others = found["rungs"]
+    B, T = (top["requested"][name] for name in ("batch_size", "sequence_length"))
+    assert found["sizes"]["tokens_per_step"] == top["requested"]["tokens_per_step"] >= 2 * B * T
+    assert {field for e in others for field in e["changes"]} == set(bench.CANDIDATES)
+    assert all(len(e["changes"]) == 1 and e["versus"] == "top" for e in others)
+    assert len({str(e["changes"]) for e in others}) == len(others)
+    assert [e["skipped"] for e in others if "skipped" in e] == ["too large"]
+    assert report.as_text(found)
 
 
 def test_what_was_impossible_is_not_ablated(rungs, impossible, workers):
     impossible("compile", "processes", plain=rungs[0].cfg)
     started = workers()
     names = [e["name"] for e in bench.ablate(sizes(rounds=1), CPU)["rungs"]]
-    assert "without_fused_adamw" in names
-    assert not {"without_compile", "without_processes"} & set(names)
+    assert "without_r06_fused" in names
+    assert not {"without_r03_compile", "without_r11_processes"} & set(names)
     assert not any(cfg.compile or cfg.processes for cfg, _ in started)
 
 
@@ -640,7 +655,7 @@ def test_without_autocast_the_precision_of_float32_matmuls_is_ablated(rungs, imp
     impossible("dtype", plain=rungs[0].cfg)
     workers()
     names = [e["name"] for e in bench.ablate(sizes(rounds=1), CPU)["rungs"]]
-    assert "without_fp32_precision" in names
+    assert "without_r01_tf32" in names
 
 
 # ---- two configs ------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("own_signals", "as_before")
 
 CPU = torch.device("cpu")
 SPEED = "device dtype fp32_precision compile compile_scope attention vocab_multiple fused_adamw reuse_memory prefetch processes"
-SPEED = [*SPEED.split(), "batch_size", "deterministic", "parallel"]
+SPEED = [*SPEED.split(), "batch_size", "deterministic", "parallel", "compile_mode", "sdpa_backend"]
 
 
 @pytest.fixture
@@ -74,6 +74,8 @@ PLACES = {
     "fp32_precision": "train.build",
     "compile": "train.compile_model",
     "compile_scope": "train.compile_model",
+    "compile_mode": "train.compile_model",
+    "sdpa_backend": "train.build",
     "attention": "model.Attention.__init__",
     "vocab_multiple": "model.GPTConfig.padded_vocab_size",  # whoever needs the number of rows asks this property
     "fused_adamw": "optim.adamw",
@@ -209,7 +211,7 @@ def test_nothing_else_reads_it_when_a_run_is_run(cfg):
     ours = {(f, w) for f, w in Watched.seen if w.partition(".")[0] in modules and not w.endswith("__post_init__")}
     expected = {(f, PLACES[f]) for f in SPEED if not PLACES[f].startswith("configurator")} | set(BESIDES)
     assert ours <= expected
-    assert {f for f, _ in Watched.seen} >= set(SPEED) - {"compile_scope"}  # which counts only under compile=True
+    assert {f for f, _ in Watched.seen} >= set(SPEED) - {"compile_scope", "compile_mode"}  # which count only under compile=True
 
 
 # ---- what is asked for is what is on ------------------------------------------------------------------------------------
