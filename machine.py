@@ -242,8 +242,8 @@ def set_sdpa_backend(which: str, device: torch.device) -> None:
 
 def sdpa_backend(device: torch.device) -> str:
     """Which of them PyTorch may choose from, read back."""
-    cuda = torch.backends.cuda
-    flags = {"flash": cuda.flash_sdp_enabled(), "efficient": cuda.mem_efficient_sdp_enabled(), "cudnn": cuda.cudnn_sdp_enabled()}
+    c = torch.backends.cuda
+    flags = {"flash": c.flash_sdp_enabled(), "efficient": c.mem_efficient_sdp_enabled(), "cudnn": c.cudnn_sdp_enabled()}
     on = [name for name, enabled in flags.items() if enabled]
     return "any" if device.type != "cuda" or len(on) == 3 else "+".join(on)
 

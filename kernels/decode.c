@@ -2,8 +2,8 @@
  * decode.py builds this, fills in the structs and checks it against model.py.
  *
  * Every weight is read once and from memory, so its bytes are the floor; everything here is about reaching the rate of that
- * reading. For each 64 bytes of weights a core may spend some eight cycles. bfloat16: one instruction multiplies 32 pairs and adds
- * them up. int8: converting to float takes too long, so x becomes 16-bit integers instead, split into two bytes, each of
+ * reading. For each 64 bytes of weights a core may spend some eight cycles. bfloat16: one instruction multiplies 32 pairs and
+ * adds them up. int8: converting to float takes too long, so x becomes 16-bit integers instead, split into two bytes, each of
  * which multiplies 64 weights in one instruction (VNNI); 16 bits are twice those of the bfloat16 that x is rounded to otherwise.
  *
  * Between the layers numbers are float32. Rows and heads are dealt out to OpenMP's threads, which are torch's own: both come from
@@ -75,19 +75,28 @@ static float dot_bf16(const uint16_t *w, const uint16_t *x, long width) { /* wid
     return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])));
 }
 
-/* The sum of w[i] * (256 high[i] + low[i]), exactly; width a multiple of 64. */
-static int64_t dot_int8(const int8_t *w, const uint8_t *high, const uint8_t *low, long width) {
-    __m512i h[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()}, l[2] = {h[0], h[0]};
-    for (long i = 0; i < width; i += 64) {
-        __m512i v = _mm512_loadu_si512(w + i);
+/* The sum of w[i] * (256 high[i] + low[i] - 32768); row_sum: of w. Width a multiple of 64. Integers add up exactly, sixteen sums
+ * of each byte; one float32 sum at the end takes a third of the time of two in integers. */
+static float dot_int8(const int8_t *w, const uint8_t *high, const uint8_t *low, long width, int32_t row_sum) {
+    __m512i l0 = _mm512_setzero_si512(), l1 = l0, h1 = l0;
+    __m512i h0 = _mm512_zextsi128_si512(_mm_cvtsi32_si128(-128 * row_sum)); /* 256 * 128 = 32768 */
+    long i = 0;
+    for (; i + 128 <= width; i += 128) { /* each sum stays below WIDEST * 255 * 127 < 2^31 */
+        __m512i v = _mm512_loadu_si512(w + i), u = _mm512_loadu_si512(w + i + 64);
         _mm_prefetch((const char *)(w + i + AHEAD), _MM_HINT_T0);
-        long k = i / 64 & 1;
-        h[k] = _mm512_dpbusd_epi32(h[k], _mm512_load_si512(high + i), v);
-        l[k] = _mm512_dpbusd_epi32(l[k], _mm512_load_si512(low + i), v);
+        _mm_prefetch((const char *)(w + i + 64 + AHEAD), _MM_HINT_T0);
+        h0 = _mm512_dpbusd_epi32(h0, _mm512_load_si512(high + i), v);
+        l0 = _mm512_dpbusd_epi32(l0, _mm512_load_si512(low + i), v);
+        h1 = _mm512_dpbusd_epi32(h1, _mm512_load_si512(high + i + 64), u);
+        l1 = _mm512_dpbusd_epi32(l1, _mm512_load_si512(low + i + 64), u);
     }
-    /* each is below WIDEST * 255 * 127 < 2^31 */
-    return 256 * (int64_t)_mm512_reduce_add_epi32(_mm512_add_epi32(h[0], h[1])) +
-           _mm512_reduce_add_epi32(_mm512_add_epi32(l[0], l[1]));
+    for (; i < width; i += 64) {
+        __m512i v = _mm512_loadu_si512(w + i);
+        h0 = _mm512_dpbusd_epi32(h0, _mm512_load_si512(high + i), v);
+        l0 = _mm512_dpbusd_epi32(l0, _mm512_load_si512(low + i), v);
+    }
+    __m512 highs = _mm512_cvtepi32_ps(_mm512_add_epi32(h0, h1)), lows = _mm512_cvtepi32_ps(_mm512_add_epi32(l0, l1));
+    return _mm512_reduce_add_ps(_mm512_fmadd_ps(highs, _mm512_set1_ps(256), lows));
 }
 
 static void linear(const Linear *m, const float *x, float *y, int threads) {
@@ -108,10 +117,9 @@ static void linear(const Linear *m, const float *x, float *y, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long r = 0; r < m->rows; r++) {
         float sum;
-        if (m->scales) {
-            int64_t exact = dot_int8((const int8_t *)m->weight + r * m->width, high, low, m->width);
-            sum = (float)(exact - 32768 * (int64_t)m->row_sums[r]) * step * m->scales[r];
-        } else
+        if (m->scales)
+            sum = dot_int8((const int8_t *)m->weight + r * m->width, high, low, m->width, m->row_sums[r]) * step * m->scales[r];
+        else
             sum = dot_bf16((const uint16_t *)m->weight + r * m->width, rounded, m->width);
         y[r] = sum + (m->bias ? to_float(m->bias[r]) : 0.0f);
     }

@@ -7,12 +7,16 @@ import sys
 import pytest
 import torch
 
+import checkpoint
 import configurator
+import evaluate
 import prepare_data
 import sample
+import scale
 import train
 
-MAINS = {"train.py": train.main, "sample.py": sample.main, "prepare_data.py": prepare_data.main}
+SCRIPTS = (train, sample, prepare_data, evaluate, checkpoint, scale)
+MAINS = {f"{script.__name__}.py": script.main for script in SCRIPTS}
 TINY = "TINY"  # stands for the flags of the tiny run
 
 # (script, arguments, what the line must say); {tmp} is an empty folder but for the things below, {data} holds "tiny"
@@ -49,6 +53,21 @@ WRONG = [
     ("sample.py", ["config/stages/s1_inference.py", "--prompt_file={tmp}/missing.txt"], "prompt_file"),
     ("sample.py", ["config/stages/s1_inference.py", "--prompt_file={tmp}/latin1.txt"], "not UTF-8"),
     ("sample.py", ["config/stages/s1_inference.py", "--temprature=1"], "did you mean temperature"),
+    ("sample.py", ["config/stages/s1_inference.py", "--quantize=int8"], "type --dtype=bfloat16 as well"),
+    ("sample.py", ["config/stages/s1_inference.py", "--quantize=int3", "--dtype=bfloat16"], "int4"),
+    ("sample.py", ["config/stages/s1_inference.py", "--draft=out/missing"], "no run, checkpoint or model folder"),
+    ("sample.py", ["config/stages/s1_inference.py", "--draft=out/x", "--num_samples=2"], "type --num_samples=1"),
+    ("sample.py", ["config/stages/s1_inference.py", "--draft_tokens=2"], "type --draft="),
+    ("train.py", [TINY, "--sdpa_backend=cudnn"], "type --sdpa_backend=any"),
+    ("train.py", [TINY, "--compile_mode=reduce-overhead"], "type --compile_mode=default"),
+    ("train.py", [TINY, "--compile_mode=max-autotune-no-cudagraphs"], "needs --compile=True"),
+    ("evaluate.py", [], "which model?"),
+    ("evaluate.py", ["out/missing"], "no run, checkpoint or model folder"),
+    ("evaluate.py", ["gpt2", "--rows=3"], "needs --hellaswag"),
+    ("evaluate.py", ["gpt2", "--datasett=x"], "did you mean dataset"),
+    ("checkpoint.py", ["export", "{tmp}", "--to=hf", "{tmp}/there"], "holds no checkpoint"),
+    ("checkpoint.py", ["export", "out/missing"], "type python checkpoint.py export"),
+    ("scale.py", ["--budgets=0"], "budgets"),
     ("prepare_data.py", [], "what shall be prepared?"),
     ("prepare_data.py", ["shakespear"], "did you mean shakespeare"),
     ("prepare_data.py", ["{tmp}/latin1.txt"], "iconv"),
@@ -151,7 +170,8 @@ def test_help_is_no_error(script, capsys, monkeypatch):
         configurator.entry(MAINS[script])
     shown = capsys.readouterr()
     assert not e.value.code
-    assert "--seed" in shown.out or "--tokenizer" in shown.out
+    assert shown.out.startswith(f"usage: {script}")
+    assert any(f"--{flag} " in shown.out for flag in ("seed", "tokenizer", "dataset", "to"))
     assert shown.err == ""
 
 
