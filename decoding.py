@@ -1,5 +1,6 @@
 """How fast a model decodes in each form, beside the floor: its weights, read once per token. `python bench.py decode` asks."""
 
+import statistics
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -57,7 +58,7 @@ def validate(where: str, forms: dict[str, GPT], sizes: "Sizes", device: torch.de
 
 def measure(where: str, sizes: "Sizes", device: torch.device) -> dict:
     """Tokens/s of a model (none: GPT-2 124M with random weights) in each form, one sequence or many, interleaved; the bytes
-    that a token reads; the rate of a copy, taken after each round.
+    that a token reads; the rate of a copy, taken before and after each measurement.
     """
     batches = (1, 64) if device.type == "cuda" else (1,)
     forms: dict[str, GPT] = {}
@@ -83,24 +84,28 @@ def measure(where: str, sizes: "Sizes", device: torch.device) -> dict:
 
     read = {form: quantize.bytes_per_token(model) for form, model in forms.items()}
     entries = [
-        {"name": name, "form": form, "batch": B, "bytes_per_token": read[form], "tokens_per_s": []}
+        {"name": name, "form": form, "batch": B, "bytes_per_token": read[form], "tokens_per_s": [], "copy_bytes_per_s": []}
         for B in batches
         for name, (form, _) in ways.items()
     ]
     big = torch.randn(2**28 if device.type == "cuda" else 2**25, device=device)
-    there, copies = torch.empty_like(big), []
+    there = torch.empty_like(big)
+
+    def copy_rate() -> float:
+        """Bytes per second, read and written, the median of nine copies: memory that others use too is not always as fast."""
+        seconds = [machine.best_seconds(device, lambda: there.copy_(big), 1) for _ in range(9)]
+        return 2 * big.nbytes / statistics.median(seconds)
+
     for number in tqdm(range(1 + sizes.rounds), desc="decode", disable=None):
         for entry in entries:
-            speed = ways[entry["name"]][1](entry["batch"])
+            before, speed = copy_rate(), ways[entry["name"]][1](entry["batch"])
             if number:  # the first round warms up
                 entry["tokens_per_s"].append(speed)
-        if number:
-            copies.append(2 * big.nbytes / machine.best_seconds(device, lambda: there.copy_(big), 6))
+                entry["copy_bytes_per_s"].append((before + copy_rate()) / 2)
     return {
         "model": where or f"GPT-2's shape with {sizes.n_layer} layers, random weights",
         "prompt_tokens": len(prompt),
         "new_tokens": count,
-        "copy_bytes_per_s": copies,
         "ways": entries,
         "validation": validate(where, forms, sizes, device) if where else {},
     }

@@ -296,10 +296,9 @@ def sampling_table(result: dict) -> list[Block]:
 
 def decode_table(result: dict) -> list[Block]:
     """Tokens per second in each form, beside what reading the weights once for each token allows."""
-    copies = result["copy_bytes_per_s"]
     rows = []
     for way in result["ways"]:
-        speeds, B = way["tokens_per_s"], way["batch"]
+        speeds, B, copies = way["tokens_per_s"], way["batch"], way["copy_bytes_per_s"]
         # the weights are read once for all sequences of a batch
         shares = [speed / B * way["bytes_per_token"] / copy for speed, copy in zip(speeds, copies, strict=True)]
         loss = result["validation"].get(way["form"])
@@ -313,13 +312,15 @@ def decode_table(result: dict) -> list[Block]:
                 *([f"{loss['loss']:.4f}", f"{loss['perplexity']:,.2f}"] if loss else []),
             ]
         )
+    rates = [rate for way in result["ways"] for rate in way["copy_bytes_per_s"]]
+    rounds = len(result["ways"][0]["tokens_per_s"])
     head = ["decoding", "sequences", "tok/s [min, max]", "MB read per token", "of the floor"]
     head += ["validation loss", "perplexity"] if result["validation"] else []
     return [
         Table(head, rows),
-        f"{result['model']}; {result['new_tokens']} tokens after {result['prompt_tokens']}, {len(copies)} interleaved rounds. "
-        f"Floor: the weights, read once per token at the rate of a copy measured in the same round "
-        f"({statistics.median(copies) / 1e9:.1f} GB/s, read and written). {machine_line(result)}.",
+        f"{result['model']}; {result['new_tokens']} tokens after {result['prompt_tokens']}, {rounds} interleaved rounds. "
+        f"Floor: the weights, read once per token at the rate of a copy measured before and after "
+        f"({statistics.median(rates) / 1e9:.1f} GB/s, read and written). {machine_line(result)}.",
     ]
 
 
