@@ -28,7 +28,9 @@ from model import GPT, KVCache
 from quantize import Int8Linear
 
 SOURCE = Path(__file__).with_suffix(".c")
-COMPILE = ["-O3", "-march=native", "-ffast-math", "-fopenmp", "-shared", "-fPIC"]
+# In two calls: a library that is *linked* with -ffast-math switches denormal numbers off in the process that loads it.
+COMPILE = ["-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-c"]
+LINK = ["-shared", "-fopenmp"]
 FEATURES = ("avx512f", "avx512bw", "avx512_bf16", "avx512_vnni")
 WIDEST = LONGEST = 16384  # as in decode.c
 
@@ -67,7 +69,7 @@ def build() -> ctypes.CDLL | str:
     flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1]
     if missing := [f for f in FEATURES if f not in flags.split()]:
         return f"this CPU lacks {', '.join(missing)}"
-    key = hashlib.sha256(SOURCE.read_bytes() + " ".join([flags, *COMPILE]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(SOURCE.read_bytes() + " ".join([flags, *COMPILE, *LINK]).encode()).hexdigest()[:16]
     library = machine.cache_dir() / f"decode_{key}.so"
     try:
         if not library.is_file():
@@ -76,10 +78,12 @@ def build() -> ctypes.CDLL | str:
                 return "there is no C compiler (Debian: apt install gcc)"
             library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-                made = Path(folder, "decode.so")
-                done = subprocess.run([compiler, *COMPILE, SOURCE, "-o", made, "-lm"], capture_output=True, text=True)
-                if done.returncode:
-                    return f"{compiler} cannot build {SOURCE.name}: {(done.stderr.strip().splitlines() or ['no message'])[0]}"
+                half, made = Path(folder, "decode.o"), Path(folder, "decode.so")
+                for command in ([*COMPILE, SOURCE, "-o", half], [*LINK, half, "-o", made, "-lm"]):
+                    done = subprocess.run([compiler, *command], capture_output=True, text=True)
+                    if done.returncode:
+                        said = (done.stderr.strip().splitlines() or ["no message"])[0]
+                        return f"{compiler} cannot build {SOURCE.name}: {said}"
                 os.replace(made, library)
         loaded = ctypes.CDLL(str(library))
     except OSError as e:

@@ -140,6 +140,16 @@ def test_a_compiler_that_fails_is_named_and_leaves_nothing(monkeypatch, tmp_path
 
 
 @needs_kernel
+def test_loading_it_leaves_denormal_numbers_alone():
+    """Libraries linked with -ffast-math turn them into zeros in the whole process."""
+    one_by_one(decode.wrap(build(n_layer=1, n_head=1, n_embd=64)), torch.zeros(1, 3, dtype=torch.int64), 1)
+    least = 2.0**-1074
+    assert least * 1.0 > 0
+    assert least + least == 2 * least
+    assert (torch.tensor(1e-40) * 1.0).item() > 0
+
+
+@needs_kernel
 def test_it_is_built_once_for_this_user_alone(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     decode.build.__wrapped__()

@@ -898,6 +898,17 @@ def test_a_gpu_runs_the_flash_kernel_in_bfloat16(on_a_gpu):
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("which", ["flash", "efficient", "cudnn"])
+def test_a_gpu_attends_with_the_kernel_that_is_asked_for(on_a_gpu, which):
+    try:
+        _, on = checked(replace(on_a_gpu, dtype="bfloat16", sdpa_backend=which))
+        assert on["attention_kernel"] == f"scaled_dot_product_{which}_attention"
+        assert on["sdpa_backend"] == which
+    finally:
+        machine.set_sdpa_backend("any", torch.device("cuda"))
+
+
+@pytest.mark.cuda
 @pytest.mark.parametrize("how", ["ieee", "tf32"])
 def test_a_gpu_rounds_to_tf32_only_where_asked(on_a_gpu, how):
     before = torch.backends.cuda.matmul.fp32_precision

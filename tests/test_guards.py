@@ -242,7 +242,7 @@ def quick_compiler(monkeypatch):
     """torch.compile without the code generation, which these tests do not need."""
     plain = torch.nn.Module.compile
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: plain(self, backend="eager"))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: plain(self, backend="eager"))
     yield
     torch.compiler.reset()
 
