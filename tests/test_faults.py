@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import faults
@@ -80,8 +81,17 @@ def test_what_a_process_leaves_behind_is_found_and_killed(stage):
     pid = int((box.folder / "pid").read_text())
     assert done.status == 0
     assert done.orphans == [f"process {pid} (rank ?)"]
-    stat = Path(f"/proc/{pid}/stat")
-    assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"  # dead, if not yet buried
+    stat, until = Path(f"/proc/{pid}/stat"), time.monotonic() + 10
+
+    def alive() -> bool:
+        try:
+            return stat.read_text().rpartition(")")[2].split()[0] != "Z"  # dead, if not yet buried
+        except OSError:
+            return False
+
+    while alive() and time.monotonic() < until:  # killed, it still has to get round to dying
+        time.sleep(0.01)
+    assert not alive()
     box.close()
 
 
