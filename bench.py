@@ -766,7 +766,8 @@ def why(paths: list[str], asked: Sizes, device: torch.device) -> dict:
     if error := rates.get("error") or result.get("error"):
         raise UserError(f"{name}: {error}")
     print(f"wrote {trace} (open it in chrome://tracing or ui.perfetto.dev)")
-    return header("why", sizes) | {"config": name, "requested": asdict(cfg), "ceilings": rates} | result
+    place = {"trace": f"out/{trace.name}"}  # where it lies on another machine is nobody's business
+    return header("why", sizes) | {"config": name, "requested": asdict(cfg), "ceilings": rates} | result | place
 
 
 def compare(paths: list[str], asked: Sizes) -> None:
