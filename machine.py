@@ -94,16 +94,18 @@ def why_no_compile(device: torch.device) -> str | None:
 
 
 def cache_dir() -> Path:
-    """The user's own cache. Not beside a run: what is in it is run, and a run's folder may come from a stranger."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoladder"
+    """The user's own cache, made if need be, for this user alone: what is in it is run. (So it is not beside a run either,
+    whose folder may come from a stranger.) OSError if it cannot be made.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoladder"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
 
 
 def keep_compiled_code() -> None:
     """Let torch.compile keep its code where a reboot does not empty it, so that a second start finds it."""
-    folder = cache_dir() / "compiled"
     with contextlib.suppress(OSError):  # then it lies in the temporary folder, as torch.compile has it by itself
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))
 
 
 def keep_freed_memory() -> bool:

@@ -28,11 +28,11 @@ from model import GPT, KVCache
 from quantize import Int8Linear
 
 SOURCE = Path(__file__).with_suffix(".c")
+WIDEST, LONGEST = 16384, 16384  # the longest vector, the most positions: what the kernel's stack has room for
 # In two calls: a library that is *linked* with -ffast-math switches denormal numbers off in the process that loads it.
-COMPILE = ["-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-c"]
+COMPILE = ["-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-c", f"-DWIDEST={WIDEST}", f"-DLONGEST={LONGEST}"]
 LINK = ["-shared", "-fopenmp"]
 FEATURES = ("avx512f", "avx512bw", "avx512_bf16", "avx512_vnni")
-WIDEST = LONGEST = 16384  # as in decode.c
 
 
 class _Linear(Structure):
@@ -70,13 +70,12 @@ def build() -> ctypes.CDLL | str:
     if missing := [f for f in FEATURES if f not in flags.split()]:
         return f"this CPU lacks {', '.join(missing)}"
     key = hashlib.sha256(SOURCE.read_bytes() + " ".join([flags, *COMPILE, *LINK]).encode()).hexdigest()[:16]
-    library = machine.cache_dir() / f"decode_{key}.so"
     try:
+        library = machine.cache_dir() / f"decode_{key}.so"
         if not library.is_file():
             compiler = next(filter(None, map(shutil.which, ("gcc", "clang", "cc"))), None)
             if not compiler:
                 return "there is no C compiler (Debian: apt install gcc)"
-            library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=library.parent) as folder:
                 half, made = Path(folder, "decode.o"), Path(folder, "decode.so")
                 for command in ([*COMPILE, SOURCE, "-o", half], [*LINK, half, "-o", made, "-lm"]):
@@ -87,7 +86,7 @@ def build() -> ctypes.CDLL | str:
                 os.replace(made, library)
         loaded = ctypes.CDLL(str(library))
     except OSError as e:
-        return f"cannot build {library}: {e}"
+        return f"cannot build {SOURCE.name}: {e}"
     loaded.decode.argtypes, loaded.decode.restype = [POINTER(_Model), c_long, c_long, c_void_p, c_int], None
     return loaded
 

@@ -1,9 +1,12 @@
 """kernels/decode.c against the model written out in float64, on the same weights; and when it is not used."""
 
+import os
+
 import pytest
 import torch
 from torch import Tensor
 
+import machine
 import quantize
 from kernels import decode
 from model import GPT, GPTConfig, KVCache
@@ -147,6 +150,22 @@ def test_loading_it_leaves_denormal_numbers_alone():
     assert least * 1.0 > 0
     assert least + least == 2 * least
     assert (torch.tensor(1e-40) * 1.0).item() > 0
+
+
+def test_compiled_code_lies_where_others_cannot_look(monkeypatch, tmp_path):
+    """Also when torch.compile comes first, and where a folder cannot be made nothing is lost."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is put back as it was
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    machine.keep_compiled_code()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "new" / "nanoladder" / "compiled")
+    assert (tmp_path / "new" / "nanoladder").stat().st_mode & 0o077 == 0
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    machine.keep_compiled_code()
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    assert isinstance(decode.build.__wrapped__(), str)
 
 
 @needs_kernel
