@@ -41,18 +41,21 @@ import torch
 from tqdm import tqdm
 
 import configurator
-import machine
-import prove
 import report
+from base import errors, system
+from base.errors import UserError
+from base.files import write_atomically
 from configurator import Config
-from model import UserError
-from tokenizer import write_atomically
+from engine import machine
+from engine.effective import effective, mismatches
+from engine.run import build
+from safety import prove
 
 LADDER = "config/ladder/r[0-9][0-9]*.py"  # r01_x.py; r01b_y.py is its twin, beside the chain
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sizes:
+class BenchConfig:
     """What to measure on; every command takes these."""
 
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
@@ -81,11 +84,11 @@ class Sizes:
     """compare: how much slower B may be than A, e.g. 3%; more ends with exit status 1"""
 
     def __post_init__(self):
-        configurator.check_types(vars(self), Sizes)
+        configurator.check_types(vars(self), BenchConfig)
         configurator.check_at_least(self, 1, "n_layer", "rounds", "steps", "seeds")
         configurator.check_at_least(self, 0, "batch_size", "sequence_length", "tokens_per_step")
 
-    def by_device(self, device: torch.device) -> "Sizes":
+    def by_device(self, device: torch.device) -> "BenchConfig":
         """The same with every 0 filled in."""
         gpu = device.type == "cuda"
         B = self.batch_size or (16 if gpu else 4)
@@ -142,11 +145,11 @@ def measure(cfg: Config, steps: int, min_timed: int) -> dict:
     """Build a run, time its steps, read back what was on. A plain dict, with an "error" if that is not what was asked."""
     import train
 
-    run, _ = train.build(cfg)
+    run = build(cfg)
     losses: list[float] = []
 
     def one_step(step: int) -> None:
-        losses.append(train.train_step(run, step)[0])
+        losses.append(train.train_step(run, step).loss)
         machine.synchronize(run.device)
 
     # A GPU's clocks take seconds to settle; a CPU's steps are seconds.
@@ -154,12 +157,12 @@ def measure(cfg: Config, steps: int, min_timed: int) -> dict:
     try:
         seconds, warmup = time_steps(one_step, steps, min_timed, min_seconds=min_seconds)
         memory = machine.memory_gib(run.device)
-        on = train.effective(run)
+        on = effective(run)
     except RuntimeError as e:
-        if not configurator.is_out_of_memory(e):
+        if not errors.is_out_of_memory(e):
             raise
         return {"error": f"out of memory: {str(e).splitlines()[0]}", "out_of_memory": True}
-    wrong = train.mismatches(run, on)
+    wrong = mismatches(run, on)
     if on["micro_batch"] != cfg.split_step(run.world.size)[0]:  # a step that was cut smaller is another measurement
         return {"error": f"out of memory: only micro-batches of {on['micro_batch']} fit", "out_of_memory": True}
     result = {
@@ -203,8 +206,7 @@ def ceilings(cfg: Config) -> dict:
 
 def worker(job_path: str, result_path: str) -> None:
     """A fresh process's whole life: do one job, leave its result as JSON (from the first process, if there are several)."""
-    import verify
-    import why
+    from measure import verify, why
 
     job = json.loads(Path(job_path).read_text(encoding="utf-8"))
     cfg = Config(**job["config"])
@@ -298,7 +300,7 @@ def cannot_be_had(cfg: Config, device: torch.device) -> str | None:
         return str(e)
     if cfg.attention == "blocked" and device.type != "cpu":
         return "a flash kernel leaves out the scores above the diagonal already"
-    there = torch.cuda.device_count() if device.type == "cuda" else machine.cores()
+    there = torch.cuda.device_count() if device.type == "cuda" else system.cores()
     if cfg.processes > there:
         return f"it needs {cfg.processes} {'GPUs' if device.type == 'cuda' else 'cores'}, there is {there}"
     if cfg.batch_size > cfg.tokens_per_step // cfg.T:
@@ -306,7 +308,7 @@ def cannot_be_had(cfg: Config, device: torch.device) -> str | None:
     return None
 
 
-def climb(rungs: list[Rung], sizes: Sizes, device: torch.device) -> tuple[list[Rung], dict[str, str]]:
+def climb(rungs: list[Rung], sizes: BenchConfig, device: torch.device) -> tuple[list[Rung], dict[str, str]]:
     """The rungs at the given sizes, each with one setting more than the last that this machine can have, and
     {name: reason} of those it cannot: their setting is left out of all later rungs.
     """
@@ -334,7 +336,7 @@ def climb(rungs: list[Rung], sizes: Sizes, device: torch.device) -> tuple[list[R
 
 
 def run_rounds(
-    rungs: list[Rung], skipped: dict[str, str], sizes: Sizes, min_timed: int, halve: bool = True
+    rungs: list[Rung], skipped: dict[str, str], sizes: BenchConfig, min_timed: int, halve: bool = True
 ) -> dict[str, list[dict]]:
     """Measure every rung `rounds` times, interleaved. {name: [result, …]}; a rung that fails is added to `skipped`. Running out
     of memory is a failure like others, or with `halve` OutOfMemory.
@@ -363,7 +365,7 @@ class OutOfMemory(Exception):
     """A rung needed more memory than there is."""
 
 
-def with_smaller_batches(sizes: Sizes, attempt: Callable[[Sizes], dict]) -> dict:
+def with_smaller_batches(sizes: BenchConfig, attempt: Callable[[BenchConfig], dict]) -> dict:
     """attempt(sizes), and again with half the micro-batch for all rungs whenever one runs out of memory."""
     while True:
         try:
@@ -375,7 +377,7 @@ def with_smaller_batches(sizes: Sizes, attempt: Callable[[Sizes], dict]) -> dict
             print(f"{e}\nout of memory: every rung again with micro-batches of {sizes.batch_size}", file=sys.stderr)
 
 
-def ladder(sizes: Sizes, device: torch.device) -> dict:
+def ladder(sizes: BenchConfig, device: torch.device) -> dict:
     """Every rung that this machine can have."""
     rungs, skipped = climb(load_ladder(), sizes, device)
     results = run_rounds(rungs, skipped, sizes, min_timed=2)
@@ -387,7 +389,7 @@ def top_rung(climbed: list[Rung], skipped: dict[str, str]) -> Rung:
     return next(r for r in reversed(climbed) if r.name not in skipped and not r.twin and r.cfg.processes <= 1)
 
 
-def ablate(sizes: Sizes, device: torch.device) -> dict:
+def ablate(sizes: BenchConfig, device: torch.device) -> dict:
     """The top rung, and it with one setting put back at a time."""
     climbed, skipped = climb(load_ladder(), sizes, device)
     chain = {r.name: r for r in climbed if r.name not in skipped and not r.twin}
@@ -416,7 +418,7 @@ CANDIDATES: dict[str, tuple] = {
 }
 
 
-def candidates(sizes: Sizes, device: torch.device) -> dict:
+def candidates(sizes: BenchConfig, device: torch.device) -> dict:
     """The top rung, at four of its micro-batches per step, and it with one setting of CANDIDATES at a time."""
     sizes = replace(sizes, tokens_per_step=max(sizes.tokens_per_step, 4 * sizes.batch_size * sizes.sequence_length))
     top = top_rung(*climb(load_ladder(), sizes, device)).cfg
@@ -435,7 +437,7 @@ def candidates(sizes: Sizes, device: torch.device) -> dict:
     return record("candidates", sizes, rungs, skipped, results)
 
 
-def record(kind: str, sizes: Sizes, rungs: list[Rung], skipped: dict[str, str], results: dict[str, list[dict]]) -> dict:
+def record(kind: str, sizes: BenchConfig, rungs: list[Rung], skipped: dict[str, str], results: dict[str, list[dict]]) -> dict:
     """Everything measured, as JSON values; UserError if that is nothing."""
     if all(rung.name in skipped for rung in rungs):
         raise UserError(f"nothing could be measured: {next(iter(skipped.values()))}")
@@ -457,7 +459,7 @@ def record(kind: str, sizes: Sizes, rungs: list[Rung], skipped: dict[str, str], 
     return header(kind, sizes) | {"ceilings": in_fresh_process(rungs[0].cfg, "ceilings"), "rungs": entries}
 
 
-def header(kind: str, sizes: Sizes) -> dict:
+def header(kind: str, sizes: BenchConfig) -> dict:
     """What every result file begins with."""
     device = machine.pick_device(sizes.device)
     when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -468,19 +470,19 @@ def header(kind: str, sizes: Sizes) -> dict:
 # ---- two configs ------------------------------------------------------------------------------------------------------
 
 
-def given_sizes(asked: Sizes) -> dict[str, Any]:
+def given_sizes(asked: BenchConfig) -> dict[str, Any]:
     """The settings that were typed, for a config file that is to be measured as it is otherwise."""
     given: dict[str, Any] = {k: v for k in ("batch_size", "sequence_length", "tokens_per_step") if (v := getattr(asked, k))}
     if "sequence_length" in given and "batch_size" in given:
         given.setdefault("tokens_per_step", given["sequence_length"] * given["batch_size"])
     if asked.device != "auto":
         given["device"] = asked.device
-    if asked.n_layer != Sizes.n_layer:
+    if asked.n_layer != BenchConfig.n_layer:
         given["n_layer"] = asked.n_layer
     return given | {"data_dir": asked.data_dir}
 
 
-def ab(paths: list[str], sizes: Sizes, device: torch.device) -> dict:
+def ab(paths: list[str], sizes: BenchConfig, device: torch.device) -> dict:
     """Two config files as they are (sizes only where given), seed by seed, in alternating order."""
     if len(paths) != 2:
         raise UserError("ab compares two config files: type python bench.py ab A.py B.py")
@@ -514,7 +516,7 @@ def ab(paths: list[str], sizes: Sizes, device: torch.device) -> dict:
 # ---- sampling and stages ----------------------------------------------------------------------------------------------
 
 
-def sampling(sizes: Sizes, device: torch.device) -> dict:
+def sampling(sizes: BenchConfig, device: torch.device) -> dict:
     """Decode 124M with random weights, cached and uncached in turn: a token's cost does not depend on the weights."""
     from model import GPT
     from sample import generate
@@ -540,9 +542,9 @@ def sampling(sizes: Sizes, device: torch.device) -> dict:
     return header("sampling", sizes) | {"prompt_tokens": 64, "new_tokens": count, "tokens_per_s": speeds, "same_tokens": same}
 
 
-def decode(paths: list[str], sizes: Sizes, device: torch.device) -> dict:
+def decode(paths: list[str], sizes: BenchConfig, device: torch.device) -> dict:
     """decoding.py on GPT-2 124M with random weights, or on a model."""
-    import decoding
+    from measure import decoding
 
     if len(paths) > 1:
         raise UserError(f"{paths[1]!r} is one argument too many: type python bench.py decode [out/run]")
@@ -551,7 +553,7 @@ def decode(paths: list[str], sizes: Sizes, device: torch.device) -> dict:
 
 def residual_stream(cfg: Config) -> list[float]:
     """Standard deviation of the residual stream at init: behind the embedding, then behind each block."""
-    from data import open_dataset
+    from corpus.shards import open_dataset
     from model import GPT
 
     torch.manual_seed(cfg.seed)
@@ -565,7 +567,7 @@ def residual_stream(cfg: Config) -> list[float]:
     return found
 
 
-def stages(sizes: Sizes, device: torch.device) -> dict:
+def stages(sizes: BenchConfig, device: torch.device) -> dict:
     """Run each training stage's config as a user would, and measure the residual stream of the last one."""
     entries = []
     for path in tqdm(sorted(glob.glob("config/stages/s[2-9]_*.py")), desc="stages", disable=None):
@@ -592,7 +594,7 @@ def stages(sizes: Sizes, device: torch.device) -> dict:
     return header("stages", sizes) | {"ln_vocab_size": math.log(50257), "stages": entries, "residual_std": streams}
 
 
-def shakespeare(sizes: Sizes, device: torch.device) -> dict:
+def shakespeare(sizes: BenchConfig, device: torch.device) -> dict:
     """The main job as `make train` runs it, from an empty compiler cache; installing and downloading come before it."""
     prompt = "ROMEO:"
     with tempfile.TemporaryDirectory() as folder:
@@ -622,7 +624,7 @@ def shakespeare(sizes: Sizes, device: torch.device) -> dict:
     }
 
 
-def start(sizes: Sizes, device: torch.device) -> dict:
+def start(sizes: BenchConfig, device: torch.device) -> dict:
     """Seconds from starting train.py until its first step is done: with an empty compiler cache, and with what that left."""
     seconds: dict[str, dict[str, list[float]]] = {}
     for _ in tqdm(range(sizes.rounds), desc="start", disable=None):
@@ -646,7 +648,7 @@ def start(sizes: Sizes, device: torch.device) -> dict:
     return header("start", sizes) | {"config": "config/shakespeare.py", "seconds": seconds}
 
 
-def whole_run(paths: list[str], sizes: Sizes) -> dict:
+def whole_run(paths: list[str], sizes: BenchConfig) -> dict:
     """Train a config from its first step to its last, evaluate it, let it write."""
     if len(paths) != 1:
         raise UserError("one whole run of what? type python bench.py run config/tinystories_sample.py")
@@ -681,17 +683,17 @@ def whole_run(paths: list[str], sizes: Sizes) -> dict:
     }
 
 
-def data(sizes: Sizes, device: torch.device) -> dict:
-    """speed.py on enwik8, or with --quick on tiny Shakespeare."""
+def data(sizes: BenchConfig, device: torch.device) -> dict:
+    """preparing.py on enwik8, or with --quick on tiny Shakespeare."""
     import prepare_data
-    import speed
-    from sources import NAMED
+    from corpus.sources import NAMED
+    from measure import preparing
 
     path = prepare_data.local_copy(NAMED["shakespeare" if sizes.quick else "enwik8"][1], sizes.data_dir)
-    return header("data", sizes) | speed.measure(path, rounds=sizes.rounds)
+    return header("data", sizes) | preparing.measure(path, rounds=sizes.rounds)
 
 
-def safety(sizes: Sizes, device: torch.device) -> dict:
+def safety(sizes: BenchConfig, device: torch.device) -> dict:
     """Step time with and without deterministic kernels; what a save holds up, in the foreground and in the background."""
     cfg = replace(configurator.load_file("config/shakespeare.py"), device=sizes.device, data_dir=sizes.data_dir)
     kernels: dict[str, list[list[float]]] = {"deterministic": [], "any": []}
@@ -728,7 +730,7 @@ def saves_in(records: list[dict]) -> dict:
     }
 
 
-def kills(sizes: Sizes, device: torch.device) -> dict:
+def kills(sizes: BenchConfig, device: torch.device) -> dict:
     """The run of config/shakespeare.py, killed again and again, ends in the same bits as the undisturbed one."""
     Path("out").mkdir(exist_ok=True)
     cfg = replace(configurator.load_file("config/shakespeare.py"), device=sizes.device, data_dir=sizes.data_dir)
@@ -740,7 +742,7 @@ def kills(sizes: Sizes, device: torch.device) -> dict:
 # ---- proof and explanation --------------------------------------------------------------------------------------------
 
 
-def verify(sizes: Sizes, device: torch.device) -> dict:
+def verify(sizes: BenchConfig, device: torch.device) -> dict:
     """Every toggle against float64; the small model with --quick."""
     cfg = replace(load_ladder()[0].cfg, device=device.type, data_dir=sizes.data_dir)
     result = in_fresh_process(cfg, "verify", small=sizes.quick)
@@ -749,7 +751,7 @@ def verify(sizes: Sizes, device: torch.device) -> dict:
     return header("verify", sizes) | result
 
 
-def why(paths: list[str], asked: Sizes, device: torch.device) -> dict:
+def why(paths: list[str], asked: BenchConfig, device: torch.device) -> dict:
     """One profiled step beside its floor: of a config as it is, or of the top rung at the ladder's sizes."""
     sizes = asked.by_device(device)
     if len(paths) > 1:
@@ -770,7 +772,7 @@ def why(paths: list[str], asked: Sizes, device: torch.device) -> dict:
     return header("why", sizes) | {"config": name, "requested": asdict(cfg), "ceilings": rates} | result | place
 
 
-def compare(paths: list[str], asked: Sizes) -> None:
+def compare(paths: list[str], asked: BenchConfig) -> None:
     """Two result files; exit status 1 if B is slower than A by more than --max_regression."""
     if len(paths) != 2:
         raise UserError("compare takes two result files: type python bench.py compare A.json B.json")
@@ -806,7 +808,7 @@ MEASURES = {
 COMMANDS = [*MEASURES, "run", "decode", "why", "ab", "compare"]
 
 
-def results_dir(sizes: Sizes, device: torch.device) -> Path:
+def results_dir(sizes: BenchConfig, device: torch.device) -> Path:
     """results/<hardware>, e.g. results/nvidia-h200 or results/amd-epyc-2-cores."""
     slug = re.sub(r"[^a-z0-9]+", "-", machine.hardware_name(device).lower()).strip("-")
     return Path(sizes.out) / slug
@@ -815,8 +817,8 @@ def results_dir(sizes: Sizes, device: torch.device) -> Path:
 def main(argv: list[str]) -> None:
     if argv[:1] == ["worker"]:
         return worker(*argv[1:])
-    words, flags = configurator.split_positional(Sizes(), argv)
-    asked = configurator.parse(Sizes(), flags, __doc__)
+    words, flags = configurator.split_positional(BenchConfig(), argv)
+    asked = configurator.parse(BenchConfig(), flags, __doc__)
     command, places = (words[0], words[1:]) if words else ("", [])
     if command not in COMMANDS:
         raise UserError(f"{command!r} is no command: type python bench.py {' | '.join(COMMANDS)}")
@@ -827,7 +829,7 @@ def main(argv: list[str]) -> None:
     device = machine.pick_device(asked.device)
     sizes = asked.by_device(device)
     # a look must not replace a measurement
-    trial = ".trial" if sizes.quick or sizes.n_layer != Sizes.n_layer else ""
+    trial = ".trial" if sizes.quick or sizes.n_layer != BenchConfig.n_layer else ""
     of = "".join(f"_{Path(p).stem}" for p in places) if command in ("run", "ab", "decode") else ""  # each its own file
     of += f"_T{asked.sequence_length}" if command == "ab" and asked.sequence_length else ""
     path = results_dir(sizes, device) / f"{command}{of}{trial}.json"
@@ -855,4 +857,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    configurator.entry(main)
+    errors.entry(main)

@@ -8,27 +8,79 @@ It is code, and it is run: use only files you trust. After load() a Config never
 """
 
 import contextlib
-import difflib
 import io
 import json
+import math
 import os
 import re
 import runpy
-import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from model import GPTConfig, UserError
+from base.errors import UserError, near_name
 
 Settings = TypeVar("Settings")
 
 # In files of strangers. Without a bound one could keep the builder of blocks busy for days, or overflow the size of a tensor;
 # published models stay several times below each.
 LARGEST = {"n_layer": 1000, "n_head": 2**11, "n_embd": 2**18, "block_size": 2**24, "vocab_size": 2**22, "vocab_multiple": 2**22}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    """The shape and the mathematics of one GPT. The defaults are GPT-2 124M."""
+
+    block_size: int = 1024
+    """longest sequence, in tokens; one learned position each"""
+    vocab_size: int = 50257
+    """how many token ids exist (GPT-2: 50,000 merges + 256 bytes + <|endoftext|>)"""
+    vocab_multiple: int = 1
+    """pad the embedding's rows to a multiple of this: 128 makes 50257 into 50304, whole matmul tiles"""
+    n_layer: int = 12
+    """transformer blocks"""
+    n_head: int = 12
+    """attention heads per block"""
+    n_embd: int = 768
+    """width of the residual stream"""
+    dropout: float = 0.0
+    """probability of dropping an activation (embeddings, attention weights, residual branches)"""
+    bias: bool = True
+    """biases in linears and LayerNorms, as GPT-2 has them"""
+    tie_weights: bool = True
+    """one matrix for the token embedding and the output head (124.44M parameters instead of 163.04M)"""
+    init: Literal["gpt2", "pytorch"] = "gpt2"
+    """where the weights start: GPT-2's normals, or what nn.Linear and nn.Embedding do by default"""
+    scale_residual_init: bool = True
+    """divide the initial weights of each residual branch's last linear by sqrt(2 * n_layer)"""
+    attention: Literal["naive", "blocked", "sdpa"] = "sdpa"
+    """naive writes out the T x T scores; blocked only those up to the diagonal, some queries at a time (the fastest on a CPU,
+    compiled); sdpa is PyTorch's fused kernel (flash where the device has it)"""
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "vocab_multiple", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.n_embd % self.n_head:
+            near = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
+            best = min(near, key=lambda h: abs(h - self.n_head))
+            raise UserError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: type --n_head={best}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise UserError(f"dropout={self.dropout} must lie in [0, 1)")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding matrix: vocab_size rounded up to vocab_multiple."""
+        return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
+
+    def flops_per_token(self, T: int) -> int:
+        """Forward and backward operations per token trained in sequences of T: 6 per matmul weight + 12·L·C·T for attention.
+
+        Source: PaLM, appendix B (Chowdhery et al. 2022). Lookups (embeddings), norms and the optimizer are not counted.
+        """
+        matmul_weights = 12 * self.n_layer * self.n_embd**2 + self.padded_vocab_size * self.n_embd
+        return 6 * matmul_weights + 12 * self.n_layer * self.n_embd * T
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,12 +297,6 @@ def _allowed(hint: Any) -> str:
     return names.get(hint, getattr(hint, "__name__", str(hint)))
 
 
-def near_name(name: str, known: list[str]) -> str:
-    """' Did you mean x?' or a pointer to --help."""
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}?" if near else "--help lists what there is"
-
-
 def split_positional(default: Any, argv: list[str]) -> tuple[list[str], list[str]]:
     """argv -> (arguments that are no flag, flags with their values), in whatever order they were typed."""
     hints, positional, flags = get_type_hints(type(default)), [], []
@@ -382,51 +428,3 @@ def from_json(text: str, cls: type[Settings]) -> Settings:
     check_types(values, cls)  # before cls computes with them
     check_sizes(values)
     return cls(**values)
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """torch.OutOfMemoryError on a GPU; the CPU's allocator raises a plain RuntimeError, as does a thread without a stack."""
-    return bool(re.search("out of memory|can't allocate memory|not enough memory|can't start new thread", str(error)))
-
-
-def printable(text: str) -> str:
-    """A message in one line, and without anything that a terminal would obey: names in it may come from a stranger's file."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: ascii(found[0])[1:-1], text)
-
-
-def leave(status: int) -> None:
-    """End this process. One of a group at once, without Python's own clean-up: threads of gloo that still wait for the others
-    would make that hang, or abort with a line of their own."""
-    distributed = sys.modules.get("torch.distributed")  # not imported here: reading a config must not wait for torch
-    if distributed and distributed.is_available() and distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    if status:
-        sys.exit(status)
-
-
-def entry(main: Callable[[list[str]], None]) -> None:
-    """Run a script's main(argv): whatever the user can mend ends as one line on stderr and exit status 2."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)  # not the locale's
-    who = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-    try:
-        main(sys.argv[1:])
-    except UserError as e:
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(1)  # the first process says the same, and torchrun then ends this one; if not, it is ours to say
-        print(f"{who}error: {printable(str(e))}", file=sys.stderr)
-        leave(2)
-    except RuntimeError as e:
-        if not is_out_of_memory(e):
-            raise
-        said = str(e).partition("\n")[0]
-        print(f"{who}error: out of memory ({said}): type a smaller --batch_size or a smaller model", file=sys.stderr)
-        leave(2)
-    except KeyboardInterrupt:
-        print(f"\n{who}stopped", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # `python sample.py … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    leave(0)

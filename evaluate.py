@@ -39,14 +39,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import checkpoint
 import configurator
 import data
-import machine
-import parallel
-from model import GPT, GPTConfig, KVCache, UserError
-from parallel import World
-from tokenizer import Source, Tokenizer, fetch, write_atomically
+from base import errors
+from base.download import Source, fetch
+from base.errors import UserError
+from base.files import write_atomically
+from configurator import GPTConfig
+from corpus import shards
+from engine import checkpoint, machine, parallel
+from engine.parallel import World
+from model import GPT, KVCache
+from tokenizer import Tokenizer
 
 ENDINGS = 4
 ALONE = World()
@@ -54,7 +58,7 @@ IGNORED = -100  # a target that does not count: cross_entropy's own default
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
+class EvalConfig:
     """What to measure, and how."""
 
     dataset: str = ""
@@ -82,7 +86,7 @@ class Evaluation:
     """write the result to this JSON file, in the form of those in results/"""
 
     def __post_init__(self):
-        configurator.check_types(vars(self), Evaluation)
+        configurator.check_types(vars(self), EvalConfig)
         configurator.check_at_least(self, 0, "tokens", "sequence_length", "rows", "batch_size")
         if self.rows and not self.hellaswag:
             raise UserError(f"rows={self.rows} needs --hellaswag")
@@ -106,7 +110,7 @@ def text_bytes(tokenizer: Tokenizer) -> Tensor:
 @torch.no_grad()
 def validation(
     net: nn.Module,
-    stream: data.TokenStream,
+    stream: shards.TokenStream,
     tokenizer: Tokenizer,
     *,
     tokens: int,
@@ -129,7 +133,7 @@ def validation(
     sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes; on the CPU: mps has no float64
     total = min(len(stream) - 1, tokens)
     try:
-        with tqdm(total=total, desc="validation", unit="tok", leave=False, disable=None if world.first else True) as bar:
+        with tqdm(total=total, desc="validation", unit="tok", leave=False, disable=None if world.is_main else True) as bar:
             for x, y in data.validation_batches(stream, T, tokens, batch_size, world.rank, world.size):
                 if broken_off():
                     return None
@@ -157,7 +161,7 @@ def validation(
 
 def summed(values: Tensor, device: torch.device) -> Tensor:
     """The sum over all processes of float64 numbers, on the CPU. (nccl wants them on its GPU; mps is always alone.)"""
-    return values if device.type == "mps" else parallel.sum_over_ranks(values.to(device)).cpu()
+    return values if device.type == "mps" else parallel.all_reduce_sum(values.to(device)).cpu()
 
 
 # ---- HellaSwag --------------------------------------------------------------------------------------------------------
@@ -312,7 +316,7 @@ def score_rows(
     model.eval()
     try:
         with (
-            tqdm(total=len(encoded), desc="HellaSwag", unit="row", leave=False, disable=None if world.first else True) as bar,
+            tqdm(total=len(encoded), desc="HellaSwag", unit="row", leave=False, disable=None if world.is_main else True) as bar,
             torch.compiler.set_stance("force_eager"),  # each batch has a shape of its own
         ):
             for number in range(world.rank, rounds * world.size, world.size):
@@ -364,12 +368,12 @@ def run_folder(place: str) -> tuple[Path | None, Path | None]:
     return (path, None) if checkpoint.candidates(path) else (None, None)
 
 
-def open_split(cfg: Evaluation, trained: configurator.Config | None, tokenizer: Tokenizer) -> data.Dataset:
+def open_split(cfg: EvalConfig, trained: configurator.Config | None, tokenizer: Tokenizer) -> shards.Dataset:
     """The data set to validate on; UserError if there is none, or if it is in other tokens than the model's."""
     if not cfg.dataset and trained is None:
         raise UserError("what shall it be measured on? type --dataset=shakespeare (or another prepared one), or --hellaswag")
     folder = Path(cfg.data_dir or (trained.data_dir if trained else "data")) / (cfg.dataset or trained.dataset)
-    dataset = data.open_dataset(folder)
+    dataset = shards.open_dataset(folder)
     if dataset.tokenizer.name != tokenizer.name:
         raise UserError(
             f"{folder} is in tokens of {dataset.tokenizer.name}, the model reads those of {tokenizer.name}: prepare the text "
@@ -378,7 +382,7 @@ def open_split(cfg: Evaluation, trained: configurator.Config | None, tokenizer: 
     return dataset
 
 
-def measure(place: str, cfg: Evaluation) -> dict:
+def measure(place: str, cfg: EvalConfig) -> dict:
     """Load a model and measure it: the record of it, as JSON values, the same in every process."""
     device = machine.pick_device(cfg.device)
     if cfg.compile and (reason := machine.why_no_compile(device)):
@@ -396,11 +400,11 @@ def measure(place: str, cfg: Evaluation) -> dict:
         raise UserError(f"sequence_length={T} is more than the model's block_size: type --sequence_length={block_size}")
     batch_tokens = cfg.batch_size * block_size or (16_384 if device.type == "cuda" else 2_048)
     if device.type == "cpu":
-        machine.keep_freed_memory()  # faulting the pages of each batch's logits in anew costs a fifth of the time
+        machine.set_reuse_memory()  # faulting the pages of each batch's logits in anew costs a fifth of the time
 
     world = parallel.start(device)
     facts = {"code": parallel.code_sha256(), "torch": torch.__version__, "data": dataset.sha256 if dataset else None}
-    parallel.agree(world, facts | {"model": str(folder or place)} | asdict(cfg))
+    parallel.check_same_on_all_ranks(world, facts | {"model": str(folder or place)} | asdict(cfg))
     model = model.to(device).eval()
 
     def autocast() -> AbstractContextManager:
@@ -449,8 +453,8 @@ def summary(record: dict) -> dict:
 
 
 def main(argv: list[str]) -> None:
-    places, flags = configurator.split_positional(Evaluation(), argv)
-    cfg = configurator.parse(Evaluation(), flags, __doc__)
+    places, flags = configurator.split_positional(EvalConfig(), argv)
+    cfg = configurator.parse(EvalConfig(), flags, __doc__)
     if len(places) != 1:
         raise UserError("which model? type python evaluate.py out/shakespeare (one model, then settings)")
     record = measure(places[0], cfg)
@@ -472,4 +476,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    configurator.entry(main)
+    errors.entry(main)

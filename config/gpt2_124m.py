@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 train.py config/gpt2_124m.py            # or python train.py on one GPU
     python train.py config/gpt2_124m.py --plan                          # what it takes, before the first step
 
-Sizes and rates: the GPT-3 paper (table 2.1: 0.5M tokens a step, 6e-4, decay to a tenth), with a warm-up of 375M tokens.
+BenchConfig and rates: the GPT-3 paper (table 2.1: 0.5M tokens a step, 6e-4, decay to a tenth), with a warm-up of 375M tokens.
 Expect: validation loss at or under GPT-2's own 3.29 on this data after 19,073 steps; HellaSwag 0.294 (GPT-2: 0.2955; public
 figures of the build-nanogpt project, not measured here: no machine of ours has run it yet).
 """

@@ -23,9 +23,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import machine
+from base import system
 from model import GPT, KVCache
-from quantize import Int8Linear
+from variants.quantize import Int8Linear
 
 SOURCE = Path(__file__).with_suffix(".c")
 WIDEST, LONGEST = 16384, 16384  # the longest vector, the most positions: what the kernel's stack has room for
@@ -71,7 +71,7 @@ def build() -> ctypes.CDLL | str:
         return f"this CPU lacks {', '.join(missing)}"
     key = hashlib.sha256(SOURCE.read_bytes() + " ".join([flags, *COMPILE, *LINK]).encode()).hexdigest()[:16]
     try:
-        library = machine.cache_dir() / f"decode_{key}.so"
+        library = system.user_cache() / f"decode_{key}.so"
         if not library.is_file():
             compiler = next(filter(None, map(shutil.which, ("gcc", "clang", "cc"))), None)
             if not compiler:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # the scripts are flat modules, not an installed package
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # the scripts are flat modules, not an installed package
 
 # The same examples every time, and no folder of found ones: a red run is red for its commit, not for its luck.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None)
@@ -34,7 +34,7 @@ def root() -> Path:
 @pytest.fixture(scope="session")
 def tiny():
     """tiny(**changes) -> a GPTConfig small enough for milliseconds."""
-    from model import GPTConfig
+    from configurator import GPTConfig
 
     return lambda **changes: GPTConfig(**dict(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=65) | changes)
 
@@ -77,7 +77,7 @@ def prepared(tmp_path_factory, text) -> Path:
 @pytest.fixture(scope="session")
 def tiny_run(prepared) -> dict:
     """The settings, as keywords of Config, of a training run of milliseconds: a CPU, float32, 0.03M parameters."""
-    from data import open_dataset
+    from corpus.shards import open_dataset
 
     model = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=open_dataset(prepared / "tiny").tokenizer.vocab_size)
     steps = dict(batch_size=4, tokens_per_step=256, max_steps=6, learning_rate=1e-2, min_lr=1e-3, warmup_steps=2)
@@ -104,7 +104,7 @@ def own_signals():
 def gpt2_files():
     """Skip, aloud, where GPT-2's vocabulary can be had neither from its address nor from the package index."""
     import tokenizer
-    from model import UserError
+    from base.errors import UserError
 
     try:
         tokenizer.GPT2Tokenizer().encode("a")

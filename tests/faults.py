@@ -46,6 +46,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from base import system
+from corpus import shards
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts are flat modules, not an installed package
 
@@ -53,12 +56,16 @@ import numpy as np  # noqa: E402
 import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 
-import checkpoint  # noqa: E402
-import configurator  # noqa: E402
 import data  # noqa: E402
-import machine  # noqa: E402
-import prove  # noqa: E402
-from model import GPT, GPTConfig, UserError  # noqa: E402
+from base import errors
+from base.errors import UserError  # noqa: E402
+from configurator import GPTConfig
+from engine import (
+    checkpoint,  # noqa: E402
+    machine,  # noqa: E402
+)
+from model import GPT
+from safety import prove  # noqa: E402
 
 PATIENCE = 60  # seconds in which a process that cannot go on must have ended
 START = 10  # seconds that Python and torch may take to start, where several processes do so at once
@@ -304,7 +311,7 @@ def seal(folder: Path) -> None:
 
 def seal_data(folder: Path) -> None:
     """The same for a data set."""
-    path = folder / data.MANIFEST
+    path = folder / shards.MANIFEST
     values = json.loads(path.read_text())
     for entry in itertools.chain(*values["splits"].values()):
         if (folder / entry["file"]).is_file():
@@ -700,11 +707,11 @@ def unknown_version(box: Box) -> Found:
         process = box.train(out, resume=True)
         box.fails(process, "none of its 1 checkpoint(s) is usable")
         need("checkpoint format 99" in process.wait().out, "the resumption does not say why")
-    for name in box.some([data.MANIFEST, "val_000000.bin"]):
+    for name in box.some([shards.MANIFEST, "val_000000.bin"]):
         where = box.folder / f"data_{name}"
         shutil.copytree(box.stage.data, where)
         content = (where / "tiny" / name).read_bytes()
-        changed = content.replace(b'"version": 1', b'"version": 99', 1) if name == data.MANIFEST else None
+        changed = content.replace(b'"version": 1', b'"version": 99', 1) if name == shards.MANIFEST else None
         (where / "tiny" / name).write_bytes(changed or content[:8] + struct.pack("<I", 99) + content[12:])
         box.refused(box.folder / "none", name, "version 99", data_dir=str(where))
     return box.found(f"{box.tries} of {box.tries} refused with both versions named")
@@ -871,7 +878,7 @@ def other_number_of_processes(box: Box) -> Found:
         need(worst <= 1e-5, f"{before} to {after}: a loss is {worst:.1e} off")
         saved = [json.loads((o / "step_00000024" / "training.json").read_text())["sequences_seen"] for o in (whole, out)]
         need(saved[0] == saved[1], f"data cursors {saved}")
-    stream = data.open_dataset(box.stage.data / "tiny").split("train")
+    stream = shards.open_dataset(box.stage.data / "tiny").split("train")
     batches = data.TrainBatches(stream, 32, 1337, "shuffled")
 
     def tokens(step: int, ranks: int) -> list:
@@ -1049,7 +1056,10 @@ def token_beyond_vocabulary(box: Box) -> Found:
         shutil.copytree(box.stage.data, where)
         path = where / "tiny" / "train_000000.bin"
         content = path.read_bytes()
-        head, tokens = bytearray(content[: data.HEADER_BYTES]), np.frombuffer(content[data.HEADER_BYTES :], "<u2").copy()
+        head, tokens = (
+            bytearray(content[: shards.HEADER_BYTES]),
+            np.frombuffer(content[shards.HEADER_BYTES :], "<u2").copy(),
+        )
         if size:  # the second half is bad: the first step of 8 sequences meets it, or the second
             tokens = np.resize(tokens, size)
             tokens[size // 2 :] = 999
@@ -1078,7 +1088,7 @@ def no_data(box: Box) -> Found:
     def shorter(count: int) -> Callable[[Path], None]:
         def change(folder: Path) -> None:
             path = folder / "val_000000.bin"
-            content = bytearray(path.read_bytes()[: data.HEADER_BYTES + 2 * count])
+            content = bytearray(path.read_bytes()[: shards.HEADER_BYTES + 2 * count])
             struct.pack_into("<Q", content, 20, count)
             path.write_bytes(content)
             seal_data(folder)
@@ -1128,7 +1138,7 @@ def data_changed(box: Box) -> Found:
 def epoch_wraps(box: Box) -> Found:
     """What each process really reads is written down, with a kill and a resumption in the second epoch."""
     T, per_step = TINY["block_size"], 64
-    stream = data.open_dataset(box.stage.data / "tiny").split("train")
+    stream = shards.open_dataset(box.stage.data / "tiny").split("train")
     n = (len(stream) - 1) // T
     steps = dict(tokens_per_step=per_step * T, batch_size=8, max_steps=-(-3 * n // per_step), checkpoint_interval=10)
     out, record = box.folder / "run", box.folder / "record"
@@ -1218,8 +1228,8 @@ def no_meeting(box: Box) -> Found:
 def different_settings(box: Box) -> Found:
     other = box.folder / "data"
     shutil.copytree(box.stage.data, other)
-    text = (other / "tiny" / data.MANIFEST).read_text()
-    (other / "tiny" / data.MANIFEST).write_text(text + " ")
+    text = (other / "tiny" / shards.MANIFEST).read_text()
+    (other / "tiny" / shards.MANIFEST).write_text(text + " ")
     cases = [("seed", dict(seed=1)), ("n_layer", dict(n_layer=1)), ("data", dict(data_dir=str(other)))]
     for word, changes in box.some(cases):
         with socket.socket() as s:
@@ -1405,7 +1415,7 @@ def main(argv: list[str]) -> None:
     wrong += [f"--{o}={v}" for o, v in options.items() if o in ("seed", "lanes") and not re.fullmatch(r"[1-9]\d{0,8}", v)]
     if wrong or ("--matrix" in switches and ids):
         raise UserError(f"{(wrong or argv)[0]} is not understood here: type F01 … F33, --quick, --matrix, or nothing")
-    seed, lanes = int(options.get("seed", 1337)), int(options.get("lanes", machine.cores()))
+    seed, lanes = int(options.get("seed", 1337)), int(options.get("lanes", system.cores()))
     everything = not switches and not ids
     quick = "--quick" in switches
     chosen = ids or ([] if "--matrix" in switches else list(QUICK) if quick else list(FAULTS))
@@ -1518,7 +1528,7 @@ def inject_die_inside(step: str, micro: str) -> None:
                     os.kill(os.getpid(), signal.SIGKILL)
                 done.append(True)
 
-            run.net.register_forward_pre_hook(hook)
+            run.train_model.register_forward_pre_hook(hook)
 
     at_step(action)
 
@@ -1608,4 +1618,4 @@ def child(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    configurator.entry(child if sys.argv[1:2] and sys.argv[1].startswith("--inject=") else main)
+    errors.entry(child if sys.argv[1:2] and sys.argv[1].startswith("--inject=") else main)

@@ -7,15 +7,16 @@ import sys
 import pytest
 import torch
 
-import checkpoint
 import configurator
 import evaluate
 import prepare_data
 import sample
-import scale
 import train
+from measure import scaling
+from base import errors
+from engine import checkpoint
 
-SCRIPTS = (train, sample, prepare_data, evaluate, checkpoint, scale)
+SCRIPTS = (train, sample, prepare_data, evaluate, checkpoint, scaling)
 MAINS = {f"{script.__name__}.py": script.main for script in SCRIPTS}
 TINY = "TINY"  # stands for the flags of the tiny run
 
@@ -67,7 +68,7 @@ WRONG = [
     ("evaluate.py", ["gpt2", "--datasett=x"], "did you mean dataset"),
     ("checkpoint.py", ["export", "{tmp}", "--to=hf", "{tmp}/there"], "holds no checkpoint"),
     ("checkpoint.py", ["export", "out/missing"], "type python checkpoint.py export"),
-    ("scale.py", ["--budgets=0"], "budgets"),
+    ("measure/scaling.py", ["--budgets=0"], "budgets"),
     ("prepare_data.py", [], "what shall be prepared?"),
     ("prepare_data.py", ["shakespear"], "did you mean shakespeare"),
     ("prepare_data.py", ["{tmp}/latin1.txt"], "iconv"),
@@ -117,7 +118,7 @@ def test_a_wrong_command_is_one_line_with_its_remedy(arguments, capsys, monkeypa
     """Through the same entry() that the scripts end with."""
     monkeypatch.setattr(sys, "argv", [script, *arguments(argv)])
     with pytest.raises(SystemExit) as e:
-        configurator.entry(MAINS[script])
+        errors.entry(MAINS[script])
     is_one_line_with(word, e.value.code, capsys.readouterr().err)
 
 
@@ -141,7 +142,7 @@ def test_a_wrong_command_on_two_processes_is_found_before_any_waits(arguments, c
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments([TINY, "--tokens_per_step=96"])])
     with pytest.raises(SystemExit) as e:
-        configurator.entry(train.main)
+        errors.entry(train.main)
     assert e.value.code == 2
     err = capsys.readouterr().err
     assert err.startswith("[rank 1] error: ")
@@ -167,7 +168,7 @@ def test_prepare_train_sample_without_a_newline_in_the_alphabet(tmp_path, tiny_r
 def test_help_is_no_error(script, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [script, "--help"])
     with pytest.raises(SystemExit) as e:
-        configurator.entry(MAINS[script])
+        errors.entry(MAINS[script])
     shown = capsys.readouterr()
     assert not e.value.code
     assert shown.out.startswith(f"usage: {script}")

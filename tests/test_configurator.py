@@ -15,8 +15,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import configurator
-from configurator import Config, load
-from model import GPTConfig, UserError
+from base.errors import UserError
+from configurator import Config, GPTConfig, load
 
 
 @pytest.fixture

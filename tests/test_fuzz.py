@@ -18,15 +18,15 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-import checkpoint
 import configurator
-import curve
 import data
-import guards
-import pretrained
 import train
+from base.errors import UserError
 from configurator import Config
-from model import GPT, UserError
+from corpus import shards
+from engine import checkpoint, pretrained
+from forecast import curve
+from model import GPT
 
 pytestmark = pytest.mark.usefixtures("own_signals")
 # The originals of a test are made once; each example changes them and puts them back
@@ -219,7 +219,7 @@ def test_a_forged_data_set_is_refused_or_read(dataset, name, draw):
 
     content = draw.draw(other(dataset / name))
     with in_place_of(dataset / name, content, seal=fit if name.endswith("bin") else lambda: None), only_user_errors():
-        opened = data.open_dataset(dataset)
+        opened = shards.open_dataset(dataset)
         for split in ("train", "val"):
             batches = data.TrainBatches(opened.split(split), 32, 1, "shuffled")
             for step in range(3):
@@ -289,4 +289,4 @@ def test_a_capsule_without_its_own_entries_is_refused(capsule, draw):
     """read_capsule by itself, on bytes that no manifest protects."""
     path = capsule / "training.json"
     with in_place_of(path, draw.draw(other(path)), seal=lambda: seal(capsule)), only_user_errors():
-        guards.read_capsule(capsule)
+        capsule.read_capsule(capsule)

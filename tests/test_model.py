@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import ATTENTION, GPT, GPT2_SIZES, GPTConfig, KVCache, UserError, naive_attention
+from base.errors import UserError
+from configurator import GPTConfig
+from model import ATTENTION, GPT, GPT2_SIZES, KVCache, naive_attention
 
 ATTENTIONS = ["naive", "blocked", "sdpa"]
 

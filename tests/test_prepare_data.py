@@ -16,19 +16,15 @@ import numpy as np
 import pytest
 
 import configurator
-import data
 import prepare_data
-import shards
-import sources
 import train
-import workers
-from bpe import BPETokenizer
-from model import UserError
-from sources import NAMED
+from base.errors import UserError
+from corpus import bpe, encoding, shards, sources, writing
+from corpus.sources import NAMED
 
 
 def prepared_text(folder, split: str) -> str:
-    opened = data.open_dataset(folder)
+    opened = shards.open_dataset(folder)
     stream = opened.split(split)
     return opened.tokenizer.decode(stream.read(0, len(stream)).tolist()) if len(stream) else ""
 
@@ -79,7 +75,7 @@ def test_documents_are_kept_apart_by_end_of_text(several, tmp_path, gpt2_files):
     """... and by nothing else: a '<|endoftext|>' that a document contains is text."""
     (several / "a.md").write_text("aaaa <|endoftext|>" + "x" * 40)
     prepare_data.main([str(several), f"--data_dir={tmp_path}", "--name=apart"])
-    opened = data.open_dataset(tmp_path / "apart")
+    opened = shards.open_dataset(tmp_path / "apart")
     ids = [i for s in ("train", "val") for i in opened.split(s).read(0, len(opened.split(s))).tolist()]
     assert ids.count(50256) in (1, 2)  # three documents; the cut into train and val may fall between two
     assert "<|endoftext|>" in opened.tokenizer.decode([i for i in ids if i != 50256])
@@ -87,7 +83,13 @@ def test_documents_are_kept_apart_by_end_of_text(several, tmp_path, gpt2_files):
     for letter in "abcd":
         (tmp_path / "letters" / f"{letter}.txt").write_text(letter)
     prepare_data.main([str(tmp_path / "letters"), f"--data_dir={tmp_path}/data", "--val_fraction=0.25"])
-    assert data.open_dataset(tmp_path / "data" / "letters").split("train").read(0, 5).tolist() == [64, 50256, 65, 50256, 66]
+    assert shards.open_dataset(tmp_path / "data" / "letters").split("train").read(0, 5).tolist() == [
+        64,
+        50256,
+        65,
+        50256,
+        66,
+    ]
 
 
 @pytest.mark.parametrize("content", ["café".encode("latin-1"), "text".encode("utf-16"), b"\xff"])
@@ -137,13 +139,13 @@ def test_what_is_there_is_not_replaced_without_force(own, tmp_path):
     path = tmp_path / "mine.txt"
     path.write_bytes(TEXT.encode())
     folder = own(path) / "mine"
-    before = data.open_dataset(folder).sha256
+    before = shards.open_dataset(folder).sha256
     path.write_text("something else " * 20)
     with pytest.raises(UserError, match=r"is there already: type --force"):
         own(path)
-    assert data.open_dataset(folder).sha256 == before
+    assert shards.open_dataset(folder).sha256 == before
     own(path, "--force")
-    assert data.open_dataset(folder).sha256 != before
+    assert shards.open_dataset(folder).sha256 != before
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(own, tmp_path):
@@ -163,7 +165,7 @@ def test_a_damaged_data_set_is_mended_by_the_command_its_error_names(monkeypatch
     folder = tmp_path / "shakespeare_char"
     (folder / "train_000000.bin").write_bytes(b"")
     with pytest.raises(UserError) as e:
-        data.open_dataset(folder)
+        shards.open_dataset(folder)
     prepare_data.main([*command, *(["--force"] if "--force" in str(e.value) else [])])
     assert prepared_text(folder, "train") == TEXT[:360]
 
@@ -187,9 +189,9 @@ def test_a_failure_while_writing_leaves_no_data_set(own, tmp_path, monkeypatch, 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(UserError, match="No space left on device"):
         own(path, "--force")
-    assert not (folder / data.MANIFEST).exists()
+    assert not (folder / shards.MANIFEST).exists()
     with pytest.raises(UserError, match="holds no prepared data"):
-        data.open_dataset(folder)
+        shards.open_dataset(folder)
     monkeypatch.undo()
     own(path)  # and the way is free
     assert prepared_text(folder, "train").startswith("something else")
@@ -222,7 +224,7 @@ def test_the_next_command_that_is_printed_runs(tmp_path, text, tiny_flags, capsy
 def test_ids_are_those_of_the_characters(own, tmp_path):
     """Code point order, so that the same alphabet always has the same ids."""
     (tmp_path / "mine.txt").write_text("cab" * 10)
-    stream = data.open_dataset(own(tmp_path / "mine.txt") / "mine").split("train")
+    stream = shards.open_dataset(own(tmp_path / "mine.txt") / "mine").split("train")
     np.testing.assert_array_equal(stream.read(0, 27), [2, 0, 1] * 9)
 
 
@@ -239,7 +241,7 @@ def corpus(tmp_path_factory) -> Path:
     lines = [json.dumps({"id": i, "text": text}) for i, text in enumerate(documents)]
     (folder / "rows.jsonl").write_text("\n".join(lines))
     (folder / "vocabulary").mkdir()
-    (folder / "vocabulary" / "tokenizer.json").write_text(BPETokenizer.train(documents, 300).to_json())
+    (folder / "vocabulary" / "tokenizer.json").write_text(bpe.train(documents, 300).to_json())
     return folder
 
 
@@ -275,7 +277,7 @@ def test_every_hundredth_document_validates_and_the_rest_trains(corpus, expected
     (tmp_path / "made").mkdir()
     for name, content in expected.items():
         (tmp_path / "made" / name).write_bytes(content)
-    opened = data.open_dataset(tmp_path / "made")
+    opened = shards.open_dataset(tmp_path / "made")
     rows = [json.loads(line)["text"] for line in (corpus / "rows.jsonl").read_text().splitlines()]
     rows = [text for text in rows if text]  # an empty one is none
     for split, texts in {"val": rows[::100], "train": [t for i, t in enumerate(rows) if i % 100]}.items():
@@ -321,7 +323,7 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(corpus, expected, tmp
         try:
             prepare_data.main(arguments(corpus, folder, "--processes=1"))
         except Killed:
-            assert not (folder / "made" / data.MANIFEST).exists()
+            assert not (folder / "made" / shards.MANIFEST).exists()
         else:
             break
         capsys.readouterr()
@@ -339,9 +341,9 @@ def test_killed_for_good_it_goes_on_to_the_same_bytes(corpus, expected, tmp_path
     program = """
 import sys, time
 import prepare_data, shards
-shards.BATCH, shards.SAVE_SECONDS = 2000, 0.0
-plain = shards.batches
-shards.batches = lambda reader: (time.sleep(0.02) or batch for batch in plain(reader))  # time enough to be killed in
+writing.BATCH, writing.SAVE_SECONDS = 2000, 0.0
+plain = writing.batches
+writing.batches = lambda reader: (time.sleep(0.02) or batch for batch in plain(reader))  # time enough to be killed in
 prepare_data.main(sys.argv[1:])
 """
     command = [sys.executable, "-c", program, *arguments(corpus, tmp_path, "--processes=2")]
@@ -352,8 +354,8 @@ prepare_data.main(sys.argv[1:])
             time.sleep(0.001)
         process.kill()
         process.wait()
-        assert (tmp_path / "made" / shards.PROGRESS).is_file()
-        assert not (tmp_path / "made" / data.MANIFEST).exists()
+        assert (tmp_path / "made" / writing.PROGRESS).is_file()
+        assert not (tmp_path / "made" / shards.MANIFEST).exists()
     prepare_data.main(arguments(corpus, tmp_path))
     assert contents(tmp_path / "made") == expected
 
@@ -361,17 +363,17 @@ prepare_data.main(sys.argv[1:])
 @pytest.fixture
 def half(corpus, tmp_path, monkeypatch, small_batches):
     """The folder of a data set that is half made."""
-    plain = shards.ShardWriter.write
+    plain = writing.ShardWriter.write
 
     def write(self, ids):
         if len(self.entries) == 3:
             raise Killed
         plain(self, ids)
 
-    monkeypatch.setattr(shards.ShardWriter, "write", write)
+    monkeypatch.setattr(writing.ShardWriter, "write", write)
     with pytest.raises(Killed):
         prepare_data.main(arguments(corpus, tmp_path, "--processes=1"))
-    monkeypatch.setattr(shards.ShardWriter, "write", plain)
+    monkeypatch.setattr(writing.ShardWriter, "write", plain)
     return tmp_path / "made"
 
 
@@ -403,27 +405,27 @@ DAMAGE = {
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_progress_is_refused(half, corpus, kind):
-    text = (half / shards.PROGRESS).read_text()
+    text = (half / writing.PROGRESS).read_text()
     changed = DAMAGE[kind](text)
     assert changed != text
-    (half / shards.PROGRESS).write_bytes(changed if isinstance(changed, bytes) else changed.encode())
+    (half / writing.PROGRESS).write_bytes(changed if isinstance(changed, bytes) else changed.encode())
     with pytest.raises(UserError, match=r"progress\.json is damaged .*: type --force"):
         prepare_data.main(arguments(corpus, half.parent))
 
 
 def test_two_at_once_is_one_too_many(half, corpus):
-    with shards.lock(half), pytest.raises(UserError, match="another process is preparing"):
+    with writing.lock(half), pytest.raises(UserError, match="another process is preparing"):
         prepare_data.main(arguments(corpus, half.parent))
 
 
 def test_a_killed_worker_s_error_says_that_the_work_goes_on(half, corpus, expected, monkeypatch):
-    plain = workers.Pool.start
+    plain = encoding.Pool.start
 
     def start(self):
         plain(self)
         self.workers[0].kill()
 
-    monkeypatch.setattr(workers.Pool, "start", start)
+    monkeypatch.setattr(encoding.Pool, "start", start)
     with pytest.raises(UserError, match=r"died \(exit status -9; .*type --processes=… for fewer than 2"):
         prepare_data.main(arguments(corpus, half.parent, "--processes=2"))
     monkeypatch.undo()
@@ -477,7 +479,7 @@ def test_a_data_set_with_splits_of_its_own_keeps_them(tmp_path, monkeypatch, gpt
     monkeypatch.setitem(NAMED, "tinystories", ("gpt2", hub))
     monkeypatch.setattr(sources, "hub_revision", lambda name, revision: None)
     prepare_data.main(["tinystories", f"--data_dir={tmp_path}"])
-    opened = data.open_dataset(tmp_path / "tinystories")
+    opened = shards.open_dataset(tmp_path / "tinystories")
     assert opened.split("train").read(0, 9).tolist() == [64, 50256] * 4 + [64]
     assert opened.split("val").read(0, 5).tolist() == [65, 50256] * 2 + [65]
     with pytest.raises(UserError, match=r"--val_fraction=0\.5 is for texts without splits of their own"):
@@ -497,7 +499,7 @@ def test_a_named_text_has_its_tokenizer_unless_another_is_typed(tmp_path, monkey
     prepare_data.main([*argv, f"--data_dir={tmp_path}"])
     assert next_command in capsys.readouterr().out.splitlines()[-1]
     (folder,) = (p for p in tmp_path.iterdir() if p.name != ".sources")
-    assert data.open_dataset(folder).tokenizer.name.startswith(kind)
+    assert shards.open_dataset(folder).tokenizer.name.startswith(kind)
 
 
 def test_a_source_is_fetched_once(tmp_path, monkeypatch):
@@ -519,7 +521,7 @@ def test_enwik8_is_cut_as_usual(tmp_path, monkeypatch):
     """90, 5 and 5 million bytes."""
     (tmp_path / "enwik8").write_bytes(b"")
     monkeypatch.setattr(prepare_data, "local_copy", lambda source, data_dir: tmp_path / "enwik8")
-    todo = prepare_data.plan(prepare_data.Preparation(), ["enwik8"], workers.Pool(1))
+    todo = prepare_data.plan(prepare_data.PrepareConfig(), ["enwik8"], encoding.Pool(1))
     assert [(part.split, part.size) for part in todo.parts] == [("train", 90_000_000), ("val", 5_000_000), ("test", 5_000_000)]
     assert [part.begin for part in todo.parts] == [0, 90_000_000, 95_000_000]
     assert todo.name == "enwik8"
@@ -542,7 +544,7 @@ def test_a_bpe_is_learnt_from_the_start_of_a_large_text(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     monkeypatch.setattr(prepare_data, "LEARNT_FROM", 25)
     prepare_data.main([str(tmp_path / "rows.jsonl"), f"--data_dir={tmp_path}", "--tokenizer=bpe", "--vocab_size=300"])
-    tokens = data.open_dataset(tmp_path / "rows").tokenizer.tokens
+    tokens = shards.open_dataset(tmp_path / "rows").tokenizer.tokens
     assert b"train" in tokens
     assert not any(piece in tokens for piece in (b"re", b"st", b"va"))
 

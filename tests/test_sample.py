@@ -10,12 +10,14 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-import checkpoint
 import configurator
 import sample
-from model import GPT, GPTConfig, UserError
-from pretrained import save_hf_dir
-from sample import Sampling, generate, next_distribution
+from base.errors import UserError
+from configurator import GPTConfig
+from engine import checkpoint
+from engine.pretrained import save_hf_dir
+from model import GPT
+from sample import SampleConfig, generate, next_distribution
 from tokenizer import CharTokenizer, GPT2Tokenizer
 
 
@@ -80,8 +82,8 @@ def test_what_must_be_greedy_is_greedy(logits):
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1e-40, 1.0), (1e-300, 1.0), (1.0, 1e-50), (1e-40, 1e-50), (1e300, 1.0)])
 def test_extreme_settings_still_give_a_distribution(temperature, top_p):
-    """Whatever Sampling allows must not become NaN."""
-    Sampling(temperature=temperature, top_p=top_p)
+    """Whatever SampleConfig allows must not become NaN."""
+    SampleConfig(temperature=temperature, top_p=top_p)
     p = next_distribution(torch.tensor([[1.0, 3.0, 2.0]]), temperature, 0, top_p)
     assert p.sum().item() == pytest.approx(1)
     assert p.argmax() == 1 or temperature > 1
@@ -191,8 +193,8 @@ def test_reduced_precision_runs_through_the_cache(tiny):
 # ---- a draft that proposes
 
 
-def speculated(model: GPT, other: GPT, prompt: list[int], n: int, **how) -> tuple[list[int], sample.Drafted]:
-    counts = sample.Drafted()
+def speculated(model: GPT, other: GPT, prompt: list[int], n: int, **how) -> tuple[list[int], sample.SpeculationStats]:
+    counts = sample.SpeculationStats()
     return [int(t) for t in sample.speculate(model, other, prompt, n, counts=counts, **how)], counts
 
 

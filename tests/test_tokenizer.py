@@ -17,9 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tokenizer
-from bpe import BPETokenizer
-from model import UserError
-from tokenizer import CharTokenizer, GPT2Tokenizer, Source, fetch, from_json, write_atomically
+from base.download import Source, fetch
+from base.errors import UserError
+from base.files import write_atomically
+from tokenizer import BPETokenizer, CharTokenizer, GPT2Tokenizer, from_json
 
 GPT2 = GPT2Tokenizer()
 

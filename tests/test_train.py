@@ -24,15 +24,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-import checkpoint
-import configurator
-import guards
-import machine
 import optim
-import parallel
 import train
+from base import errors
+from base.errors import UserError
 from configurator import Config
-from model import UserError
+from engine import checkpoint, machine, parallel
+from engine.outliers import TrainingStopped
+from engine.run import Run, build
 
 pytestmark = pytest.mark.usefixtures("own_signals")
 
@@ -66,14 +65,14 @@ def digest(cfg: Config) -> str:
     return hashlib.sha256(b"".join((folder / f"{name}.safetensors").read_bytes() for name in ("model", "training"))).hexdigest()
 
 
-def weights(run: train.Run) -> torch.Tensor:
+def weights(run: Run) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in run.model.parameters()])
 
 
 def stepped(cfg: Config, steps: int = 5) -> tuple[list[float], torch.Tensor]:
     """(losses, final weights) of a few steps without the loop around them."""
-    run, _ = train.build(cfg)
-    return [train.train_step(run, s)[0] for s in range(steps)], weights(run)
+    run = build(cfg)
+    return [train.train_step(run, s).loss for s in range(steps)], weights(run)
 
 
 # ---- one step ---------------------------------------------------------------------------------------------------------
@@ -92,7 +91,7 @@ def test_accumulation_equals_one_large_batch(cfg, batch_size):
 def test_a_step_is_clip_and_adamw_on_the_mean_gradient(cfg):
     """The step written out: mean loss of all its tokens, clipped to norm 0.1, AdamW at the schedule's rate."""
     cfg = replace(cfg, dropout=0.0, grad_clip=0.1, batch_size=8)
-    run, other = train.build(cfg)[0], train.build(cfg)[0]
+    run, other = build(cfg)[0], build(cfg)[0]
     for step in range(3):
         loss, norm = train.train_step(run, step)
         x, y = other.batches.batch(step, 0, 8, 1, 0, 1)
@@ -137,8 +136,8 @@ def test_gradients_travel_once_per_step(cfg, tmp_path):
     cfg = replace(cfg, batch_size=1)
     plain = stepped(cfg, 2)
     with alone_in_a_group(tmp_path):
-        run, _ = train.build(cfg)
-        run.net = DDP(run.compiled, gradient_as_bucket_view=True)
+        run = build(cfg)
+        run.train_model = DDP(run.compiled, gradient_as_bucket_view=True)
         sent = []
 
         def hook(_, bucket):
@@ -147,12 +146,12 @@ def test_gradients_travel_once_per_step(cfg, tmp_path):
             future.set_result(bucket.buffer())
             return future
 
-        run.net.register_comm_hook(None, hook)
+        run.train_model.register_comm_hook(None, hook)
         assert run.accumulation == 8
-        found = [train.train_step(run, s)[0] for s in range(2)]
+        found = [train.train_step(run, s).loss for s in range(2)]
         assert sum(sent) == 2 * sum(p.numel() for p in run.model.parameters())
-        with parallel.gradient_sync(run.net, on=False):
-            run.net(*run.read(0, 0)).backward()
+        with parallel.gradient_sync(run.train_model, on=False):
+            run.train_model(*run.read(0, 0)).backward()
         assert sum(sent) == 2 * sum(p.numel() for p in run.model.parameters())
     assert found == plain[0]
 
@@ -161,7 +160,7 @@ def test_gradients_travel_once_per_step(cfg, tmp_path):
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
 def test_a_number_that_is_not_finite_stops_before_the_update(cfg, poison, grad_clip):
     """Parameters and moments are what they were, bit for bit, and no gradient is left over."""
-    run, _ = train.build(replace(cfg, grad_clip=grad_clip))
+    run = build(replace(cfg, grad_clip=grad_clip))
     train.train_step(run, 0)
     if poison == "loss":
         with torch.no_grad():
@@ -170,7 +169,7 @@ def test_a_number_that_is_not_finite_stops_before_the_update(cfg, poison, grad_c
         run.model.transformer.ln_f.weight.register_hook(lambda g: g * math.nan)
     before = weights(run).clone()
     moments = {k: v.clone() for k, v in checkpoint.state_tensors(run.model, run.optimizer)[1].items()}
-    with pytest.raises(guards.TrainingStopped, match=f"step 2: the {poison}"):
+    with pytest.raises(TrainingStopped, match=f"step 2: the {poison}"):
         train.train_step(run, 1)
     assert torch.equal(weights(run).view(torch.int32), before.view(torch.int32))
     after = checkpoint.state_tensors(run.model, run.optimizer)[1]
@@ -190,7 +189,7 @@ def test_it_learns_in_every_precision(cfg, dtype):
 
 def test_a_float16_overflow_is_left_out_and_the_log_stays_json(cfg, monkeypatch):
     """A scale at which every gradient overflows: no update, half the scale, until it fits; then it learns."""
-    plain = train.build
+    plain = build
 
     def build(cfg):
         run, said = plain(cfg)
@@ -213,8 +212,8 @@ def test_validation_is_the_mean_over_the_same_tokens_whatever_the_batch(cfg, tok
     """Against the mean over single targets, each predicted from what its sequence of T holds before it."""
     found = []
     for batch_size in (1, 3, 8):
-        run, _ = train.build(replace(cfg, batch_size=batch_size, tokens_per_step=32 * 24, eval_tokens=tokens))
-        found.append(train.evaluate(run))
+        run = build(replace(cfg, batch_size=batch_size, tokens_per_step=32 * 24, eval_tokens=tokens))
+        found.append(train.validation(run)["loss"])
         assert run.model.training  # dropout is back on
     stream, T = run.dataset.split("val"), cfg.T
     count = min(tokens, len(stream) - 1)
@@ -558,7 +557,7 @@ def short_of_memory(monkeypatch):
     """short_of_memory(most, …): from some micro-batch of some step on, those of more sequences do not fit."""
 
     def arrange(most: int, since: tuple[int, int] = (0, 0), where: str = "forward", message: str = MESSAGES[0]) -> None:
-        plain, read = train.build, train.Run.next_batch
+        plain, read = build, Run.next_batch
         now = [(0, 0)]
 
         def next_batch(run, step, micro):
@@ -578,7 +577,7 @@ def short_of_memory(monkeypatch):
             return run, said
 
         monkeypatch.setattr(train, "build", build)
-        monkeypatch.setattr(train.Run, "next_batch", next_batch)
+        monkeypatch.setattr(Run, "next_batch", next_batch)
 
     return arrange
 
@@ -632,7 +631,7 @@ def test_one_sequence_that_does_not_fit_is_an_error(cfg, short_of_memory):
     short_of_memory(0)
     with pytest.raises(RuntimeError, match="can't allocate memory") as e:
         train.train(cfg)
-    assert configurator.is_out_of_memory(e.value)
+    assert errors.is_out_of_memory(e.value)
 
 
 def test_other_errors_are_not_taken_for_too_little_memory(cfg, short_of_memory):
@@ -643,7 +642,7 @@ def test_other_errors_are_not_taken_for_too_little_memory(cfg, short_of_memory):
 
 def tight(cfg: Config, spare_mib: int) -> tuple[int, float, float]:
     """A step in a process that may take no more than so much memory than it has: (micro-batch, loss, MiB it has)."""
-    run, _ = train.build(cfg)
+    run = build(cfg)
     used = 1024 * int(re.search(r"VmData:\s*(\d+)", Path("/proc/self/status").read_text())[1])
     resource.setrlimit(resource.RLIMIT_DATA, (used + spare_mib * 2**20, resource.getrlimit(resource.RLIMIT_DATA)[1]))
     loss, _ = train.train_step(run, 0)
@@ -671,7 +670,7 @@ def limited(share: float, processes: int) -> list[str]:
             found.append("granted")
             del held
         except RuntimeError as e:
-            found.append("out of memory" if configurator.is_out_of_memory(e) else str(e))
+            found.append("out of memory" if errors.is_out_of_memory(e) else str(e))
         machine.limit_memory()
     return found
 
@@ -690,7 +689,7 @@ def test_more_than_is_free_is_refused_instead_of_granted(tmp_path, share, proces
 
 def short_in_one(cfg: Config, most: int, rank: int) -> dict:
     """Two processes of which one has little memory: what each finds, and what is left of the search."""
-    run, _ = train.build(cfg)
+    run = build(cfg)
     tries = []
 
     def forward(_, args):
@@ -705,7 +704,7 @@ def short_in_one(cfg: Config, most: int, rank: int) -> dict:
     assert torch.equal(weights(run), before)
     assert torch.equal(torch.get_rng_state(), states)
     assert all(p.grad is None for p in run.model.parameters())
-    assert not parallel.own(run.optimizer).state
+    assert not optim.inner_optimizer(run.optimizer).state
     found = [train.train_step(run, step) for step in range(3)]
     run.close()
     return dict(tries=tries, micro_batch=run.micro_batch, accumulation=run.accumulation, found=found)

@@ -1,4 +1,4 @@
-"""Rung 1's twin on a CPU, beside the ladder: oneDNN may round float32 matmuls to bfloat16. Read in train.build()."""
+"""Rung 1's twin on a CPU, beside the ladder: oneDNN may round float32 matmuls to bfloat16. Read in run_module.build()."""
 
 from dataclasses import replace
 

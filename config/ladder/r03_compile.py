@@ -1,4 +1,4 @@
-"""Rung 3: torch.compile. Fuses elementwise chains and removes launch overhead. Read in train.compile_model()."""
+"""Rung 3: torch.compile. Fuses elementwise chains and removes launch overhead. Read in run_module.compile_model()."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Rung 7: keep freed memory in the process (CPU). No page is zeroed and faulted in anew at each step. Read in train.build()."""
+"""Rung 7: keep freed memory in the process (CPU). No page is zeroed and faulted in anew at each step. Read in run_module.build()."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Rung 9: the next batch is read, and its copy to the GPU queued, while this one computes. Read in train.Run."""
+"""Rung 9: the next batch is read, and its copy to the GPU queued, while this one computes. Read in run_module.Run."""
 
 from dataclasses import replace
 

@@ -1,0 +1,4 @@
+"""What every room stands on: errors and how a process ends, files that are whole or absent, downloads checked by sha256, what
+the operating system tells about this machine. Standard library only (and filelock, which torch brings along, for the one lock),
+so that every script starts as fast as Python does. What knows of tensors, tokens or settings does not belong here.
+"""

@@ -1,0 +1,238 @@
+"""Write a data set of any size: shards that are whole or not there, and progress from which killed work goes on.
+
+While a data set is being made its folder holds, beside full shards, <shard>.bin.partial and progress.json: the position in the
+text, and how far each split's files are safe on the disk. Both belong to one batch, and go on from there together, so the
+shards come out byte for byte as those of work that was never interrupted. The manifest comes last.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from tqdm import tqdm
+
+from base.errors import UserError
+from base.files import write_atomically
+from corpus import encoding, shards
+from corpus.shards import AGAIN, HEADER_BYTES, bytes_per_token, header
+from corpus.sources import Part, Reader
+from tokenizer import Tokenizer
+
+PROGRESS = "progress.json"
+SAVE_SECONDS = 10.0  # between two saves of the progress: what a kill costs at most
+SAY_SECONDS = 60.0  # between two lines of it where there is no terminal for a bar
+BATCH = 2**19  # characters or bytes; a worker takes 25 ms for them
+OURS = re.compile(r"(train|val|test)_\d{6}\.bin(\.partial)?")
+
+
+class ShardWriter:
+    """Writes a split's tokens into shards of shard_tokens each, the last shorter; goes on where a killed one stopped.
+
+    A shard grows in <name>.partial and gets its name when it is full. Its header says from the start that it is full: so the
+    sha256 of what is there can be kept up, and of a full shard no byte is read again. save() says how far the files are safe.
+    """
+
+    def __init__(self, folder: Path, split: str, tokenizer: Tokenizer, shard_tokens: int, saved: dict | None = None):
+        """saved: what save() returned; UserError if the files are not as they were then."""
+        self.folder, self.split, self.tokenizer, self.shard_tokens = folder, split, tokenizer, shard_tokens
+        self.dtype = np.dtype(f"<u{bytes_per_token(tokenizer)}")
+        self.entries: list[dict] = saved["shards"] if saved else []  # of the manifest
+        self.file: IO | None = None
+        self.tokens = 0  # in the shard that is open
+        for entry in self.entries:
+            path = folder / entry["file"]
+            if not path.is_file() or path.stat().st_size != HEADER_BYTES + self.dtype.itemsize * entry["tokens"]:
+                raise UserError(f"{path} is not as it was left: {AGAIN}")
+        if saved and saved["tokens"]:
+            self._reopen(saved["tokens"], saved["sha256"])
+
+    def __len__(self) -> int:
+        return sum(entry["tokens"] for entry in self.entries) + self.tokens
+
+    @property
+    def path(self) -> Path:
+        """Of the shard that is being written."""
+        return self.folder / f"{self.split}_{len(self.entries):06d}.bin"
+
+    @property
+    def partial(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.partial")
+
+    def _open(self) -> None:
+        self.file = open(self.partial, "w+b")
+        head = header(self.tokenizer, self.shard_tokens)
+        self.file.write(head)
+        self.sha256 = hashlib.sha256(head)
+
+    def _reopen(self, tokens: int, sha256: str) -> None:
+        if not self.partial.is_file() and self.path.is_file():
+            os.replace(self.path, self.partial)  # it became full, or the last one, and then the kill came
+        try:
+            self.file = open(self.partial, "r+b")
+            self.file.write(header(self.tokenizer, self.shard_tokens))  # the last shard's says something else
+            self.file.truncate(HEADER_BYTES + self.dtype.itemsize * tokens)
+            self.file.seek(0)
+            self.sha256 = hashlib.file_digest(self.file, "sha256")
+        except OSError as e:
+            raise UserError(f"cannot go on with {self.partial}: {e.strerror}: {AGAIN}") from None
+        if self.sha256.hexdigest() != sha256:
+            raise UserError(f"{self.partial} is not as it was left: {AGAIN}")
+        self.tokens = tokens
+
+    def write(self, ids: np.ndarray) -> None:
+        """Append some ids, of the shards' own dtype."""
+        assert ids.dtype == self.dtype, "ids must fit the shard"
+        if len(ids) and int(ids.max()) >= self.tokenizer.vocab_size:
+            raise UserError(f"{self.path}: token id {int(ids.max())} does not fit a vocabulary of {self.tokenizer.vocab_size}")
+        while len(ids):
+            if self.file is None:
+                self._open()
+            part, ids = np.split(ids, [self.shard_tokens - self.tokens])
+            self.file.write(part.data)
+            self.sha256.update(part.data)
+            self.tokens += len(part)
+            if self.tokens == self.shard_tokens:
+                self._close()
+
+    def _close(self) -> None:
+        """The open shard is whole."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        os.replace(self.partial, self.path)
+        self.entries.append({"file": self.path.name, "tokens": self.tokens, "sha256": self.sha256.hexdigest()})
+        self.file, self.tokens = None, 0
+
+    def save(self) -> dict:
+        """Flush to the disk; what to pass as `saved` to go on from here, as JSON."""
+        if self.file is None:
+            return {"shards": list(self.entries), "tokens": 0}
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        return {"shards": list(self.entries), "tokens": self.tokens, "sha256": self.sha256.hexdigest()}
+
+    def finish(self) -> list[dict]:
+        """Close the last shard; the manifest's entries [{file, tokens, sha256}]."""
+        if self.file is not None:
+            self.file.seek(0)
+            self.file.write(header(self.tokenizer, self.tokens))
+            self.file.seek(0)
+            self.sha256 = hashlib.file_digest(self.file, "sha256")
+            self._close()
+        return self.entries
+
+
+def batches(reader: Reader) -> Iterator[tuple[tuple[dict, float], encoding.Batch]]:
+    """Batches of about BATCH characters or bytes, each with the reader's position behind it and the text's share so far."""
+    batch: encoding.Batch = {}
+    size = 0
+    for group in reader:
+        for split, text, separated in group:
+            batch.setdefault(split, []).append((text, separated))
+            size += len(text)
+        if size >= BATCH:
+            yield (reader.position, reader.share()), batch
+            batch, size = {}, 0
+    if batch:
+        yield (reader.position, 1.0), batch
+
+
+def digest(progress: dict) -> str:
+    """sha256 of what is saved: a changed position would go unnoticed otherwise."""
+    return hashlib.sha256(json.dumps(progress).encode()).hexdigest()
+
+
+def fill(
+    folder: Path,
+    parts: list[Part],
+    every: int,
+    tokenizer: Tokenizer,
+    progress: dict,
+    pool: encoding.Pool,
+    shard_tokens: int,
+    tokens: int,
+) -> dict:
+    """Encode all parts into shards, from where `progress` is; what it has become is saved as the work goes on.
+
+    every: as for sources.Reader; tokens: about how many there will be, 0: not known. Returns the manifest's splits, and how
+    many documents each has.
+    """
+    saved = progress.get("splits", {})
+    opened = {s: ShardWriter(folder, s, tokenizer, shard_tokens, state) for s, state in saved.items()}
+    reader = Reader(parts, every, progress.get("position"))
+    position = reader.position
+
+    def save() -> None:
+        progress.update(position=position, splits={split: writer.save() for split, writer in opened.items()})
+        write_atomically(folder / PROGRESS, json.dumps({"sha256": digest(progress), "progress": progress}).encode())
+
+    save()  # from here on the folder is known to be ours
+    began = last = said = time.monotonic()
+    full = sum(len(writer.entries) for writer in opened.values())
+    done = before = sum(map(len, opened.values()))
+    encoder = encoding.Encoder(tokenizer)
+    with tqdm(initial=done, unit="tok", unit_scale=True, desc=folder.name, disable=None, leave=False) as bar:
+        for (behind, share), encoded in pool.encode(encoder, batches(reader)):
+            for split, ids in encoded.items():
+                if split not in opened:
+                    opened[split] = ShardWriter(folder, split, tokenizer, shard_tokens)
+                opened[split].write(ids)
+            position, done = behind, sum(map(len, opened.values()))
+            bar.total = round(done / share) if share else tokens or None
+            bar.update(done - bar.n)
+            shards = sum(len(writer.entries) for writer in opened.values())
+            now = time.monotonic()
+            if shards > full or now - last > SAVE_SECONDS:
+                save()
+                last, full = now, shards
+            if bar.disable and now - said > SAY_SECONDS:
+                rate, said = (done - before) / (now - began), now
+                left = f", {(bar.total - done) / rate / 60:,.0f} min left" if bar.total else ""
+                print(f"{folder}: {done:,} tokens, {rate:,.0f} a second{left}")
+    splits = {split: opened[split].finish() for split in ("train", "val", "test") if split in opened}
+    return {"splits": splits, "documents": position["documents"]}
+
+
+def lock(folder: Path) -> IO:
+    """Claim a data set's folder for as long as the returned file is open; UserError if another process makes it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "a", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"another process is preparing {folder}: wait for it, or type --name=another") from None
+    return file
+
+
+def read_progress(folder: Path, request: dict) -> dict:
+    """What an interrupted run of the same request has left; UserError if it was of another."""
+    try:
+        content = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+        progress = content["progress"]
+        if digest(progress) != content["sha256"]:
+            raise ValueError("sha256")
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError, OSError) as e:
+        raise UserError(f"{folder / PROGRESS} is damaged ({type(e).__name__}): type --force to begin again") from None
+    before = progress["request"]
+    if differs := [name for name, value in request.items() if before.get(name) != value]:
+        was = ", ".join(f"{name} was {str(before.get(name))[:80]}" for name in differs)
+        raise UserError(f"{folder} is half made, of something else ({was}): type --force to begin again, or --name=another")
+    return progress
+
+
+def clean(folder: Path, finished: bool) -> None:
+    """Remove what a killed run has left half written; unless finished, also what it has written."""
+    half = rf"{re.escape(PROGRESS)}|\.\w+\.json\.\d+"  # the latter are write_atomically's
+    written = rf"{re.escape(shards.MANIFEST)}|{OURS.pattern}"
+    for path in folder.iterdir():
+        if re.fullmatch(half if finished else f"{half}|{written}", path.name):
+            path.unlink()

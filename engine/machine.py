@@ -1,0 +1,329 @@
+"""What this machine is and can do: its device, precisions, compiler, memory allocator and peak rates."""
+
+import contextlib
+import ctypes
+import functools
+import os
+import platform
+import re
+import resource
+import shlex
+import shutil
+import subprocess
+import sysconfig
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from base import system
+from base.errors import UserError
+from base.files import ROOT
+from configurator import Config
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Dense bf16/fp16 matmul peaks in FLOP/s, without sparsity, from the makers' data sheets. Longest matching name wins.
+PEAK_FLOPS = {
+    "NVIDIA B200": 2250e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA A10G": 70e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+    "Tesla V100": 125e12,
+    "Tesla T4": 65e12,
+}
+
+
+def pick_device(wanted: str) -> torch.device:
+    """The device of this process. UserError if it was named and is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(n for n, ok in there.items() if ok) if wanted == "auto" else wanted
+    if not there[name]:
+        have = ", ".join(n for n, ok in there.items() if ok)
+        raise UserError(f"device={wanted} is not on this machine: type --device=auto (it has {have})")
+    if name == "mps" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("mps trains in one process only: type python train.py …, or --device=cpu")
+    if name != "cuda":
+        return torch.device(name)
+    local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local >= count:
+        raise UserError(
+            f"process {local} has no GPU, there are {count}: type torchrun --nproc_per_node={count} … or --device=cpu"
+        )
+    return torch.device(name, local)
+
+
+def best_dtype(device: torch.device) -> str:
+    """The fastest autocast precision that the hardware multiplies by itself."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return "bfloat16"
+    return "float32"
+
+
+def why_no_compile(device: torch.device) -> str | None:
+    """What torch.compile lacks here, or None."""
+    if device.type == "mps":
+        return "torch.compile on mps is still a prototype"
+    variable, names = "CXX", ["g++", "clang++", "c++"]
+    if device.type == "cuda":
+        if not find_spec("triton"):
+            return "the package triton is not installed"
+        if torch.cuda.get_device_capability(device) < (7, 0):
+            return "Triton needs a GPU of compute capability 7.0 (V100) or newer"
+        variable, names = "CC", ["gcc", "clang", "cc"]  # Triton builds a launcher in C for its kernels
+    if not any(shutil.which(c) for c in shlex.split(os.environ.get(variable, ""))[:1] or names):
+        return f"there is no {'C' if variable == 'CC' else 'C++'} compiler (Debian: apt install g++)"
+    if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
+        return "Python.h is missing (Debian: apt install python3-dev)"
+    return None
+
+
+def keep_compiled_code() -> None:
+    """Let torch.compile keep its code where a reboot does not empty it, so that a second start finds it."""
+    with contextlib.suppress(OSError):  # then it lies in the temporary folder, as torch.compile has it by itself
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(system.user_cache() / "compiled"))
+
+
+def set_reuse_memory() -> bool:
+    """Tell glibc's malloc to keep what is freed instead of returning it to the kernel. True if it took.
+
+    Large tensors are otherwise mapped and unmapped at every step, and each page is zeroed by the kernel when it is touched
+    again: a quarter of a CPU step of GPT-2 124M. Costs: the process holds its peak memory until it ends.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return False  # not glibc
+    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def reuses_memory() -> bool:
+    """Whether a large block that was freed comes back without page faults: tries it, at most 8 times 40 MiB.
+
+    40, because glibc maps blocks over 32 MiB one by one whatever it has learned; several times, because a heap may first have
+    to grow until the block and its alignment fit.
+    """
+    for _ in range(8):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        try:
+            torch.empty(10 * 2**20).fill_(1.0)
+        except RuntimeError:
+            return False  # not even that much is left
+        if resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 10:  # 10,240 pages of 4 KiB, or 20 huge ones
+            return True
+    return False
+
+
+def limit_memory() -> None:
+    """On Linux, let an allocation beyond the memory that is free now fail as an error that can be handled: the kernel grants
+    it, and kills the process without a word once it is used. Processes of one machine share what is free.
+    """
+    free = system.free_memory()
+    if free is None:
+        return
+    used = 1024 * int(re.search(r"VmData:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+    first, hard = _limits_at_first()
+    most = used + free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    resource.setrlimit(resource.RLIMIT_DATA, (most if first == resource.RLIM_INFINITY else min(most, first), hard))
+
+
+@functools.cache
+def _limits_at_first() -> tuple[int, int]:
+    """The limits that this process was started with: those set here must not add up."""
+    return resource.getrlimit(resource.RLIMIT_DATA)
+
+
+def set_deterministic(on: bool) -> None:
+    """Only kernels that give the same bits for the same inputs, every time, also under torch.compile."""
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(on)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a help for debugging that costs a write of each tensor
+    if torch.backends.cudnn.is_available():
+        torch.backends.cudnn.deterministic = on
+
+
+def resolve(cfg: Config, device: torch.device) -> tuple[Config, list[str]]:
+    """(cfg without any "auto", what was chosen and why). A setting asked for by name that cannot be had is a UserError."""
+    said = [f"device = {device.type}"] if cfg.device == "auto" else []
+    cfg = replace(cfg, device=device.type)
+    if cfg.dtype == "auto":
+        cfg = replace(cfg, dtype=best_dtype(device))
+        said.append(f"dtype = {cfg.dtype}" + (" (no hardware bf16 here)" if cfg.dtype != "bfloat16" else ""))
+    if cfg.dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError("dtype=bfloat16 cannot be had here: this GPU does not multiply it; type --dtype=float16")
+    if cfg.parallel == "fsdp" and cfg.dtype == "float16":  # its scaler looks for overflows in each process's own share only
+        raise UserError("parallel=fsdp cannot be had with dtype=float16: type --dtype=bfloat16 or float32")
+    lacking = {
+        "compile": why_no_compile(device),
+        "fused_adamw": None,  # CUDA, MPS and CPU all have the kernel
+        "reuse_memory": None if device.type == "cpu" and platform.libc_ver()[0] == "glibc" else "it needs a CPU and glibc",
+    }
+    if cfg.compile_mode == "reduce-overhead" and device.type != "cuda":
+        raise UserError(
+            f"compile_mode=reduce-overhead records CUDA graphs, which {device.type} has not: type --compile_mode=default"
+        )
+    for name, reason in lacking.items():
+        wanted = getattr(cfg, name)
+        if wanted is True and reason:
+            raise UserError(f"{name}=True cannot be had here: {reason}; or type --{name}=False")
+        if wanted == "auto":
+            cfg = replace(cfg, **{name: reason is None})
+            said.append(f"{name} = {reason is None}" + (f" ({reason})" if reason else ""))
+    if cfg.compile_mode != "default" and not cfg.compile:
+        raise UserError(f"compile_mode={cfg.compile_mode} needs --compile=True")
+    if cfg.compile_scope == "auto":
+        cfg = replace(cfg, compile_scope="block" if cfg.parallel == "fsdp" else "model")
+        if cfg.compile:
+            said.append(f"compile_scope = {cfg.compile_scope}")
+    return cfg, said
+
+
+def check_fp32_precision(how: str, device: torch.device) -> None:
+    """UserError if float32 matmuls cannot even be asked to be multiplied that way on this kind of device."""
+    allowed = {"cuda": ("ieee", "tf32"), "cpu": ("ieee", "tf32", "bf16"), "mps": ("ieee",)}[device.type]
+    if how not in allowed:
+        raise UserError(f"fp32_precision={how} does not exist on {device.type}: type --fp32_precision={' or '.join(allowed)}")
+
+
+def set_fp32_precision(how: str, device: torch.device) -> None:
+    """How float32 matmuls are multiplied inside, by the current API (torch.backends.*.fp32_precision)."""
+    check_fp32_precision(how, device)
+    if device.type != "mps":
+        backend = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+        backend.fp32_precision = how
+
+
+def set_sdpa_backend(which: str, device: torch.device) -> None:
+    """Which fused attention kernels PyTorch may choose from on CUDA, for this process; UserError elsewhere."""
+    if which != "any" and device.type != "cuda":
+        raise UserError(f"sdpa_backend={which} exists on CUDA only, not on {device.type}: type --sdpa_backend=any")
+    if device.type == "cuda":
+        torch.backends.cuda.enable_flash_sdp(which in ("any", "flash"))
+        torch.backends.cuda.enable_mem_efficient_sdp(which in ("any", "efficient"))
+        torch.backends.cuda.enable_cudnn_sdp(which in ("any", "cudnn"))
+        torch.backends.cuda.enable_math_sdp(which == "any")
+
+
+def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager:
+    """The context in which matmuls read numbers of that precision; weights stay float32."""
+    return contextlib.nullcontext() if dtype == "float32" else torch.autocast(device.type, dtype=DTYPES[dtype])
+
+
+def set_up(cfg: Config, device: torch.device) -> None:
+    """Make this process what a resolved config asks for: memory, precision, attention kernels. UserError if it does not take."""
+    if cfg.reuse_memory and not set_reuse_memory():
+        raise UserError("reuse_memory=True has no effect: malloc refused; use --reuse_memory=False")
+    set_fp32_precision(cfg.fp32_precision, device)
+    set_sdpa_backend(cfg.sdpa_backend, device)
+    if device.type == "cpu":
+        limit_memory()
+
+
+def sdpa_backend(device: torch.device) -> str:
+    """Which of them PyTorch may choose from, read back."""
+    c = torch.backends.cuda
+    flags = {"flash": c.flash_sdp_enabled(), "efficient": c.mem_efficient_sdp_enabled(), "cudnn": c.cudnn_sdp_enabled()}
+    on = [name for name, enabled in flags.items() if enabled]
+    return "any" if device.type != "cuda" or len(on) == 3 else "+".join(on)
+
+
+def fp32_precision_measured(device: torch.device) -> str:
+    """How float32 matmuls are multiplied here, told from their error against float64, whatever the setting says.
+
+    Rounding inputs to 23, 10 or 7 bits of mantissa leaves relative errors near 3e-7, 3e-4 and 2e-3.
+    """
+    random = torch.Generator().manual_seed(0)
+    a, b = torch.randn(512, 512, generator=random), torch.randn(512, 512, generator=random)
+    exact = a.double() @ b.double()
+    found = (a.to(device) @ b.to(device)).cpu().double()
+    error = ((found - exact).norm() / exact.norm()).item()
+    if error < 2e-6:
+        return "ieee"
+    return "tf32" if error < 1e-3 or device.type == "cuda" else "bf16"  # tensor cores may cut off instead of rounding
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Data-sheet bf16 peak of the device in FLOP/s, None if it is not in the table."""
+    return peak_flops_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def peak_flops_of(name: str) -> float | None:
+    """The same of a GPU by its name, wherever it is."""
+    matches = [k for k in PEAK_FLOPS if re.match(rf"{k}(?![A-Za-z0-9])", name)]  # an L40 is no L4
+    return PEAK_FLOPS[max(matches, key=len)] if matches else None
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory so far: of the device on CUDA, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return system.peak_memory() / 2**30
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what was asked of it; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def best_seconds(device: torch.device, work: Callable[[], object], repeats: int) -> float:
+    """Seconds that `work` takes, the best of some repeats: the first starts what has to be started."""
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        work()
+        synchronize(device)
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def hardware_name(device: torch.device) -> str:
+    """What people call this hardware: "NVIDIA H200", or the CPU's model and how many cores this process may use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        name = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)[1]
+    except (OSError, TypeError):
+        pass  # not Linux, or a CPU that has no model name
+    return f"{name.strip()}, {system.cores()} cores" + (" (mps)" if device.type == "mps" else "")
+
+
+def describe(device: torch.device) -> dict:
+    """Hardware, versions and the state of the source tree, for every record of a measurement."""
+
+    def git(*args: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *args], capture_output=True, text=True, cwd=ROOT)
+        except OSError:
+            return None  # no git here
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    status = git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "hardware": hardware_name(device),
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "system": f"{platform.system()} {platform.machine()}",
+        "commit": git("rev-parse", "--short", "HEAD"),
+        "dirty": None if status is None else bool(status),
+    }

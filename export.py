@@ -1,0 +1,37 @@
+"""Write a model in the Hugging Face layout, for transformers and everything that reads it.
+
+    python export.py out/shakespeare exported      a run of ours, a checkpoint, or whatever sample.py takes
+
+AutoModelForCausalLM.from_pretrained("exported") and AutoTokenizer.from_pretrained("exported") read it. If transformers is
+installed, the export is read back and its logits are compared before it is announced.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import configurator
+from base.errors import UserError, entry
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """How to export."""
+
+    to: Literal["hf"] = "hf"
+    """the layout: Hugging Face's, with its tokenizer"""
+
+
+def main(argv: list[str]) -> None:
+    places, flags = configurator.split_positional(ExportConfig(), argv)
+    configurator.parse(ExportConfig(), flags, __doc__)
+    if len(places) != 2:
+        raise UserError("use python export.py out/shakespeare exported (a model, then a folder that does not exist yet)")
+    from engine import checkpoint, pretrained  # after --help
+
+    model, tokenizer = checkpoint.load_model(places[0])
+    pretrained.export_hf(model, tokenizer, Path(places[1]), print)
+
+
+if __name__ == "__main__":
+    entry(main)

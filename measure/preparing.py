@@ -1,0 +1,144 @@
+"""How fast prepare_data.py is, against tiktoken by itself on the same cores: both in one run, round by round. And how fast a
+BPE of one's own is learnt, and how well it compresses.
+
+tiktoken by itself: the text is in memory, cut into blocks; the ids are thrown away; nothing is counted but encoding. Three ways
+are timed, and the fastest is the yardstick: a process for each core, either of tiktoken's calls, or its own batch call, which
+uses threads. prepare_data.py is counted whole, from the arguments to the manifest: reading (twice: once to check it), starting
+its processes, tokenising, writing, hashing and flushing to the disk. Left out in both: Python's start, imports, and reading
+GPT-2's vocabulary, a quarter of a second.
+"""
+
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import tiktoken
+
+import prepare_data
+from base import system
+from corpus import bpe, encoding, sources
+from tokenizer import GPT2Tokenizer, blocks
+
+# What a BPE is learnt from, in bytes from the text's start, and how many merges: a large one and a small one.
+LEARNT = ((20_000_000, 32_000), (130_000, 500))
+UNSEEN = 5_000_000  # bytes at the text's end, on which both tokenizers are compared
+
+CALLS: dict[str, Callable[[tiktoken.Encoding, list[str], int], int]] = {  # (encoding, blocks, cores) -> number of ids
+    "processes, encode_ordinary": lambda e, texts, _: sum(len(e.encode_ordinary(text)) for text in texts),
+    "processes, encode_to_numpy": lambda e, texts, _: sum(len(e.encode_to_numpy(t, disallowed_special=())) for t in texts),
+    "threads, encode_ordinary_batch": lambda e, texts, n: sum(map(len, e.encode_ordinary_batch(texts, num_threads=n))),
+}
+
+
+def raw(path: str, call: str, share: int, of: int, cores: int) -> None:
+    """Encode every of-th block of a text, once told to: ready, then seconds of CPU and number of ids, as lines of JSON."""
+    texts = list(blocks(sources.decoded(Path(path)), ()))[share::of]
+    encoding = GPT2Tokenizer()._encoding
+    encoding.encode_ordinary("warm")
+    print("ready", flush=True)
+    sys.stdin.readline()
+    before = time.process_time()
+    ids = CALLS[call](encoding, texts, cores)
+    print(json.dumps({"cpu_s": time.process_time() - before, "tokens": ids}), flush=True)
+
+
+def whole(path: str, data_dir: str, processes: int) -> None:
+    """prepare_data.py on a text: what it took, as a line of JSON."""
+    GPT2Tokenizer().encode("warm")
+    began, cpu = time.perf_counter(), time.process_time()
+    cfg = prepare_data.PrepareConfig(data_dir=data_dir, name="speed", processes=processes)
+    with encoding.Pool(processes) as pool:
+        _, made = prepare_data.make(cfg, [path], pool)
+    found = {"s": time.perf_counter() - began, "cpu_s": time.process_time() - cpu}
+    found["cpu_s"] += sum(worker["cpu_s"] for worker in pool.usage)
+    found["tokens"] = sum(entry["tokens"] for entries in made["splits"].values() for entry in entries)
+    peaks = [worker["peak_bytes"] for worker in pool.usage]
+    print(json.dumps(found | {"peak_bytes": encoding.used()["peak_bytes"], "worker_peak_bytes": peaks}))
+
+
+def start(*job: object) -> subprocess.Popen:
+    command = [sys.executable, __file__, json.dumps(job)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+
+
+def time_raw(path: Path, call: str, cores: int) -> dict:
+    """Seconds from "go" to the last answer, CPU seconds and ids of all processes."""
+    count = cores if call.startswith("processes") else 1
+    processes = [start("raw", str(path), call, share, count, cores) for share in range(count)]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n", "a process died before it began"
+    began = time.perf_counter()
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    answers = [json.loads(process.stdout.readline()) for process in processes]
+    seconds = time.perf_counter() - began
+    for process in processes:
+        process.communicate()
+    return {"s": seconds, "cpu_s": sum(a["cpu_s"] for a in answers), "tokens": sum(a["tokens"] for a in answers)}
+
+
+def time_whole(path: Path, processes: int) -> dict:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # beside the text: on a disk, as data sets are
+        return json.loads(start("whole", str(path), folder, processes).communicate()[0].splitlines()[-1])
+
+
+def learn(path: str, of: int, merges: int) -> None:
+    """Learn a BPE from a text's first bytes, and encode its last with it and with GPT-2's: a line of JSON."""
+    content = Path(path).read_bytes()
+    text, unseen = (part.decode("utf-8", errors="ignore") for part in (content[:of], content[-UNSEEN:]))
+    began = time.perf_counter()
+    own = bpe.train([text], 256 + merges + 1)
+    found = {"s": time.perf_counter() - began, "text_bytes": of, "merges": len(own.merges)}
+    size = len(unseen.encode())
+    found["bytes_per_token"] = {
+        name: size / len(tokenizer.encode(unseen)) for name, tokenizer in (("own", own), ("gpt2", GPT2Tokenizer()))
+    }
+    print(json.dumps(found))
+
+
+def measure(path: Path, processes: int = 0, rounds: int = 5) -> dict:
+    """What a result of kind "data" holds, for a UTF-8 text, GPT-2's tokenizer and so many processes (0: one for each core)."""
+    cores, path = processes or system.cores(), path.resolve()  # a bare name could be a named data set's
+    GPT2Tokenizer().encode("warm")  # fetches its files if need be
+    text = path.read_bytes()
+    result = {
+        "text": {"name": path.name, "bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()},
+        "processes": cores,
+        "tiktoken": tiktoken.__version__,
+        "rounds": [],
+    }
+    for number in range(rounds):
+        jobs = {call: lambda call=call: time_raw(path, call, cores) for call in CALLS}
+        jobs["whole"] = lambda: time_whole(path, cores)
+        names = list(jobs) if number % 2 == 0 else list(reversed(jobs))  # who comes first must not matter
+        result["rounds"].append({name: jobs[name]() for name in names})
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        quarter = Path(folder) / "quarter.txt"
+        quarter.write_text(text[: len(text) // 4].decode("utf-8", errors="ignore"), encoding="utf-8", newline="")
+        result["quarter"] = time_whole(quarter, cores)  # its memory should be that of the whole
+    result["learnt"] = [
+        [json.loads(start("learn", str(path), *job).communicate()[0]) for _ in range(min(rounds, 3))] for job in LEARNT
+    ]
+    return result
+
+
+def ratios(result: dict) -> list[dict]:
+    """Per round: the yardstick's name, and tokens/s of prepare_data.py as a share of it; by wall clock and by CPU seconds."""
+    found = []
+    for timed in result["rounds"]:
+        rates = {clock: {name: t["tokens"] / t[clock] for name, t in timed.items()} for clock in ("s", "cpu_s")}
+        best = {clock: max(CALLS, key=rate.__getitem__) for clock, rate in rates.items()}
+        share = {clock: rate["whole"] / rate[best[clock]] for clock, rate in rates.items()}
+        found.append({"yardstick": best["s"], "tokens_per_s": rates["s"]["whole"], "wall": share["s"], "cpu": share["cpu_s"]})
+    return found
+
+
+if __name__ == "__main__":
+    what, *arguments = json.loads(sys.argv[1])
+    {"raw": raw, "whole": whole, "learn": learn}[what](*arguments)

@@ -1,0 +1,449 @@
+"""Prove that the toggles of the ladder change the speed and nothing else: python bench.py verify
+
+Each is switched on alone, on top of plain float32, and in the order of the ladder, on top of all before it. Then the real
+train.train_step takes one step, and its logits, loss, gradient norm, gradients and update are compared with a float64
+reference that shares no line with model.py or optim.py: a wrong line in them would else be in both. Before that, equalities:
+accumulated = whole, two processes = one, padded = unpadded, cached = uncached, import -> export = identity.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import configurator
+import sample
+import train
+from base import errors
+from base.errors import UserError
+from configurator import Config
+from engine import machine, pretrained
+from engine.effective import effective, mismatches
+from engine.outliers import TrainingStopped
+from engine.run import Run, build
+from model import GPT, KVCache
+
+LADDER = Path(__file__).parent / "config" / "ladder"
+# Correct, but no rungs: a second way to compile, and the precision of GPUs without bfloat16.
+BESIDE_THE_LADDER = [{"compile": True, "compile_scope": "block"}, {"dtype": "float16"}]
+
+# The largest error ‖found - expected‖ / ‖expected‖ that passes, by how matmuls read their numbers. Rounding to m bits of
+# mantissa is off by up to u = 2^-(m+1) of a number; the sums average most of that out and are float32 themselves, which the
+# 1e-5 is for. So 4 u + 1e-5: measured are 7.6e-3 (bfloat16), 1.0e-3 (float16) and 3.5e-6 (float32), at 4 and at 12 layers
+# alike. TF32 has 10 bits, but tensor cores cut the rest off instead of rounding it, which costs one more (2.5e-3, simulated).
+MANTISSA_BITS = {"ieee": 23, "tf32": 9, "float16": 10, "bf16": 7, "bfloat16": 7}
+TOLERANCE = {how: 4 * 2.0 ** -(bits + 1) + 1e-5 for how, bits in MANTISSA_BITS.items()}
+KINDS = ("logits", "loss", "norm", "gradients", "update")
+
+
+def tolerance(cfg: Config) -> float:
+    return TOLERANCE[cfg.fp32_precision if cfg.dtype == "float32" else cfg.dtype]
+
+
+# ---- what is compared --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Found:
+    """What one training step of a run did, as CPU tensors by name; the vocabulary without its padding rows."""
+
+    logits: dict[str, Tensor]
+    loss: dict[str, Tensor]
+    norm: dict[str, Tensor]  # of the gradients before clipping
+    gradients: dict[str, Tensor]  # clipped, as the optimizer reads them
+    update: dict[str, Tensor]  # parameter after - before: the parameter itself would hide an update a thousand times smaller
+    wrong: list[str]  # toggles that were asked for and are not on
+
+
+def error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest ‖a - b‖ / ‖b‖ over the tensors of one kind; NaN if anything is NaN.
+
+    A tensor whose numbers are all but zero beside the others' would be compared with its own rounding: its norm counts as
+    at least a thousandth of what its size would give it.
+    """
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    expected = {name: b.double() for name, b in expected.items()}
+    typical = math.sqrt(sum(b.square().sum().item() for b in expected.values()) / sum(b.numel() for b in expected.values()))
+    errors = [
+        (found[name].double() - b).norm() / max(b.norm().item(), 1e-3 * typical * math.sqrt(b.numel()))
+        for name, b in expected.items()
+    ]
+    return torch.stack(errors).max().item()  # unlike Python's max, it keeps a NaN
+
+
+@torch.no_grad()
+def fill(model: GPT) -> None:
+    """Weights as if training had been under way: logits and attention scores of order 1, nothing zero, so that nothing can
+    hide. The same for every config; padding rows hold ones, which must not matter.
+    """
+    random = torch.Generator().manual_seed(1)
+    for name, p in model.named_parameters():
+        values = torch.randn(shared(name, p, model.cfg).shape, generator=random)
+        values *= 1 / math.sqrt(p.size(1)) if p.dim() == 2 else 0.3
+        if name.endswith("weight") and p.dim() == 1:
+            values += 1  # a LayerNorm's gain
+        p.fill_(1.0)[: values.size(0)] = values.to(p.device)
+
+
+def is_vocabulary(name: str) -> bool:
+    return name in ("transformer.wte.weight", "lm_head.weight")
+
+
+def shared(name: str, tensor: Tensor, cfg: Config) -> Tensor:
+    """A parameter, or something of its shape, without the vocabulary's padding rows."""
+    return tensor[: cfg.vocab_size] if is_vocabulary(name) else tensor
+
+
+def one(value: Any) -> dict[str, Tensor]:
+    """A kind that has a single tensor."""
+    return {"": torch.as_tensor(value, dtype=torch.float64)}
+
+
+# ---- the reference -----------------------------------------------------------------------------------------------------
+
+
+def reference_logits(W: dict[str, Tensor], cfg: Config, idx: Tensor) -> Tensor:
+    """GPT-2 in plain tensor arithmetic, from the papers and not from model.py: (B, T) ids -> (B, T, V) float64."""
+    B, T = idx.shape
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * W[f"{name}.weight"] + W[f"{name}.bias"]
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return x @ W[f"{name}.weight"].T + W[f"{name}.bias"]
+
+    x = W["transformer.wte.weight"][idx] + W["transformer.wpe.weight"][:T]
+    future = torch.ones(T, T).triu(1).bool()
+    for layer in range(cfg.n_layer):
+        h = f"transformer.h.{layer}"
+        q, k, v = (
+            t.reshape(B, T, cfg.n_head, -1).transpose(1, 2)
+            for t in linear(norm(x, f"{h}.ln_1"), f"{h}.attn.c_attn").chunk(3, dim=-1)
+        )
+        scores = (q @ k.mT / math.sqrt(cfg.n_embd // cfg.n_head)).masked_fill(future, -math.inf).exp()
+        y = scores / scores.sum(-1, keepdim=True) @ v
+        x = x + linear(y.transpose(1, 2).reshape(B, T, -1), f"{h}.attn.c_proj")
+        y = linear(norm(x, f"{h}.ln_2"), f"{h}.mlp.c_fc")
+        y = 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+        x = x + linear(y, f"{h}.mlp.c_proj")
+    return norm(x, "transformer.ln_f") @ W.get("lm_head.weight", W["transformer.wte.weight"]).T
+
+
+MOMENT_STEPS = 10  # optimizer steps that lie behind the moments of started_moments()
+
+
+def reference_step(cfg: Config) -> tuple[Found, dict[str, float]]:
+    """(one optimizer step in float64 on the CPU, the mean square of each parameter's clipped gradient).
+
+    Those mean squares are the second moments that the step starts from, here and in measure(), as if ten steps with such
+    gradients and no common direction lay behind. From zero moments AdamW's first step is lr·sign(gradient), in which the
+    rounding of a gradient near 0 decides over a full step: its error would be the square root of the gradient's. From
+    here the update is smooth in the gradient, and as well-conditioned as it.
+    """
+    run = build(replace(cfg, device="cpu", reuse_memory=False, processes=0))
+    fill(run.model)
+    W = {
+        name: p.detach()[: cfg.vocab_size].double().requires_grad_()
+        if is_vocabulary(name)
+        else p.detach().double().requires_grad_()
+        for name, p in run.model.named_parameters()
+    }
+    x, y = whole_step(run)
+    logits = reference_logits(W, cfg, x)
+    loss = (logits.exp().sum(-1).log() - logits.gather(-1, y[..., None])[..., 0]).mean()
+    loss.backward()
+    norm = math.sqrt(sum(w.grad.square().sum().item() for w in W.values()))
+    gradients = {name: w.grad * min(1.0, cfg.grad_clip / norm) for name, w in W.items()}
+    mean_squares = {name: g.square().mean().item() for name, g in gradients.items()}
+    update, t = {}, MOMENT_STEPS + 1
+    for name, g in gradients.items():  # Loshchilov & Hutter 2019, algorithm 2
+        m = (1 - cfg.beta1) * g
+        v = cfg.beta2 * mean_squares[name] + (1 - cfg.beta2) * g * g
+        decay = cfg.weight_decay if g.dim() == 2 else 0.0
+        adam = m / (1 - cfg.beta1**t) / ((v / (1 - cfg.beta2**t)).sqrt() + 1e-8)
+        update[name] = -cfg.learning_rate * (adam + decay * W[name].detach())
+    return Found(one(logits.detach()), one(loss.detach()), one(norm), gradients, update, []), mean_squares
+
+
+# ---- the real thing ----------------------------------------------------------------------------------------------------
+
+
+def whole_step(run: Run) -> list[Tensor]:
+    """Inputs and targets of all sequences of step 0, of all processes, as one batch on the CPU."""
+    return run.batches.batch(0, 0, run.cfg.tokens_per_step // run.cfg.T, 1, 0, 1)
+
+
+def measure(cfg: Config, mean_squares: dict[str, float], steps: int = 1) -> Found:
+    """Build a run and let train.train_step take its first step (or steps: the loss, norm and gradients are the last one's)."""
+    run = build(cfg)
+    fill(run.model)
+    parameters = dict(run.model.named_parameters())
+    for name, p in parameters.items():
+        counter = torch.tensor(float(MOMENT_STEPS), device=run.device if run.cfg.fused_adamw else "cpu")
+        moments = dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.full_like(p, mean_squares[name]))
+        run.optimizer.state[p] = dict(step=counter, **moments)
+    before = {name: p.detach().cpu().double() for name, p in parameters.items()}
+    gradients: dict[str, Tensor] = {}
+    run.optimizer.register_step_post_hook(  # the fused kernel clips as it reads
+        lambda *_: gradients.update({name: p.grad.detach().clone().cpu() for name, p in parameters.items()})
+    )
+    x = whole_step(run)[0].to(run.device)
+    # with gradients on, compiled blocks are those that training runs; a compiled model is another graph without targets anyway
+    with torch.set_grad_enabled(cfg.compile_scope == "block"), run.autocast():
+        logits = torch.cat([run.compiled(part).detach().cpu() for part in x.split(run.micro_batch)])
+    for step in range(steps):
+        gradients.clear()
+        for _ in range(16):  # float16's scaler leaves steps out, and scales by half, until no gradient overflows
+            result = train.train_step(run, step)
+            if gradients:
+                break
+        else:
+            raise TrainingStopped(step, "16 steps in a row overflow")
+    update = {name: p.detach().cpu().double() - before[name] for name, p in parameters.items()}
+    on = effective(run)
+    wrong = mismatches(run, on)
+    for name in filter(is_vocabulary, parameters):
+        if gradients[name][cfg.vocab_size :].any():
+            wrong.append(f"the padding rows of {name} receive a gradient")
+    gradients, update = ({name: shared(name, t, cfg) for name, t in kind.items()} for kind in (gradients, update))
+    run.close()
+    return Found(one(logits), one(result.loss), one(result.grad_norm), gradients, update, wrong)
+
+
+def measure_in_two_processes(cfg: Config, mean_squares: dict[str, float], steps: int = 1) -> Found:
+    """measure() under torchrun: what the first process found. RuntimeError if it ends badly."""
+    with tempfile.TemporaryDirectory() as folder:
+        job, result = Path(folder, "job.json"), Path(folder, "result.pt")
+        job.write_text(json.dumps([asdict(cfg), mean_squares, steps]), encoding="utf-8")
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        done = subprocess.run(
+            [*torchrun, __file__, "worker", job, result], capture_output=True, encoding="utf-8", errors="replace"
+        )
+        if done.returncode:
+            said = [line for line in done.stderr.splitlines() if "rror: " in line] or ["no message"]
+            raise RuntimeError(f"processes ended with {done.returncode}: {said[0]}")
+        return Found(**torch.load(result, weights_only=True))
+
+
+def worker(job: str, result: str) -> None:
+    """The whole life of such a process."""
+    cfg, mean_squares, steps = json.loads(Path(job).read_text(encoding="utf-8"))
+    found = measure(Config(**cfg), mean_squares, steps)
+    if int(os.environ["RANK"]) == 0:
+        torch.save(vars(found), result)
+
+
+# ---- what is to be verified --------------------------------------------------------------------------------------------
+
+
+def base_config(data_dir: str, device: torch.device, small: bool) -> Config:
+    """The ladder's first rung, at a size for verifying."""
+    cfg = configurator.load_file(str(sorted(LADDER.glob("r00*.py"))[0]))
+    if small:
+        size = dict(n_layer=2, n_head=2, n_embd=64, block_size=32)
+    elif device.type == "cuda":
+        size = dict(block_size=256)  # GPT-2 124M
+    else:
+        size = dict(n_layer=4, n_head=4, n_embd=256, block_size=64)
+    return replace(
+        cfg,
+        **size,
+        sequence_length=0,
+        tokens_per_step=2 * cfg.batch_size * size["block_size"],  # two micro-batches; four and one come up as well
+        # Far more than a model would bear, so that the update is not lost in the rounding of a float32 parameter.
+        learning_rate=0.1,
+        schedule="constant",
+        warmup_steps=0,
+        device=device.type,
+        data_dir=data_dir,
+    )
+
+
+def rungs() -> list[dict[str, Any]]:
+    """{field: value} that each rung of the ladder changes."""
+    seen, changes = [], []
+    for path in sorted(LADDER.glob("r[0-9][0-9]*.py")):
+        cfg = configurator.load_file(str(path))
+        changed = (configurator.diff(before, cfg) for before in reversed(seen))
+        changes += [{name: new for name, (_, new) in next(d for d in changed if len(d) == 1).items()}] if seen else []
+        seen.append(cfg)
+    return changes
+
+
+def cannot_be_had(cfg: Config, device: torch.device) -> str | None:
+    """Why this machine cannot run a config, or None. What it could run but does not, measure() finds: that is no excuse."""
+    try:
+        machine.resolve(cfg, device)
+        machine.set_fp32_precision(cfg.fp32_precision, device)
+        found = machine.fp32_precision_measured(device)  # hardware without that precision computes exactly, and says nothing
+        machine.set_fp32_precision("ieee", device)
+    except UserError as e:
+        return str(e)
+    if found != cfg.fp32_precision:
+        return f"fp32_precision={cfg.fp32_precision} does nothing here: float32 matmuls run as {found}"
+    devices = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device.type, math.inf)
+    if cfg.processes > devices:
+        return f"it needs {cfg.processes} GPUs, there is {devices}"
+    return None
+
+
+def plan(base: Config, device: torch.device, small: bool) -> dict[Config, str]:
+    """{config: name} of every toggle alone and of the ladder's rungs, each on top of those before it that can be had here.
+
+    Those that keep freed memory come last: it cannot be undone.
+    """
+
+    def named(change: dict[str, Any]) -> str:
+        return ", ".join(f"{field}={value}" for field, value in change.items())
+
+    rows = {base: "float32 as written"}
+    for change in [*rungs(), *BESIDE_THE_LADDER]:
+        if "processes" not in change:  # two processes alone: one of the equalities
+            rows.setdefault(replace(base, **change), f"alone: {named(change)}")
+    current = base
+    for change in rungs():
+        if small and "compile" in change:  # the ladder by blocks, in a third of the time; the model as one graph only alone
+            change |= {"compile_scope": "block"}
+        cfg = replace(current, **change)
+        rows.setdefault(cfg, f"ladder: + {named(change)}")
+        current = current if cannot_be_had(cfg, device) else cfg
+    return dict(sorted(rows.items(), key=lambda item: item[0].reuse_memory))
+
+
+# ---- equalities --------------------------------------------------------------------------------------------------------
+
+Outcome = tuple[dict[str, float], list[str]]  # ({kind: error}, what is wrong besides)
+
+
+def compare(found: Found, expected: Found) -> Outcome:
+    return {kind: error(getattr(found, kind), getattr(expected, kind)) for kind in KINDS}, found.wrong + expected.wrong
+
+
+def cached_as_uncached(base: Config, device: torch.device) -> Outcome:
+    """Logits of a sequence read at once, and through the cache in pieces; greedy tokens far beyond block_size."""
+    model = GPT(replace(base, attention="sdpa")).to(device).eval()
+    fill(model)
+    T = base.block_size
+    idx = torch.randint(base.vocab_size, (2, T), generator=torch.Generator().manual_seed(2)).to(device)
+    cache = KVCache(base, 2, device, torch.float32)
+    with torch.inference_mode():
+        pieces = torch.cat([model(piece, cache=cache) for piece in idx.split([T - 8, 4, 1, 1, 1, 1], dim=1)], dim=1).cpu()
+        whole = model(idx).cpu()
+    with_cache, without = (
+        list(sample.generate(model, idx[0, : T // 2].tolist(), T, temperature=0, kv_cache=on)) for on in (True, False)
+    )
+    return {"logits": error({"": pieces}, {"": whole})}, [] if with_cache == without else ["the greedy tokens differ"]
+
+
+def exported_as_imported(base: Config) -> Outcome:
+    """Our weights -> Hugging Face layout -> our weights -> the same layout, bit for bit, tied and untied."""
+    wrong = []
+    for tied in (True, False):
+        model = GPT(replace(base, tie_weights=tied))
+        fill(model)
+        with tempfile.TemporaryDirectory() as folder:
+            first, second = Path(folder, "first"), Path(folder, "second")
+            pretrained.save_hf_dir(model, first)
+            again = pretrained.load_hf_dir(first)
+            pretrained.save_hf_dir(again, second)
+            files = [(place / "model.safetensors").read_bytes() for place in (first, second)]
+        weights = zip(model.named_parameters(), again.named_parameters(), strict=True)
+        if not all(m == n and torch.equal(p, q) for (m, p), (n, q) in weights):
+            wrong.append(f"tie_weights={tied}: the weights differ")
+        if files[0] != files[1]:
+            wrong.append(f"tie_weights={tied}: the files differ")
+    return {}, wrong
+
+
+# ---- the command -------------------------------------------------------------------------------------------------------
+
+
+def row(check: str, against: str, limit: float, outcome: Callable[[], Outcome]) -> dict:
+    """One row of the result. What the user's machine refuses is skipped; whatever else is not as it should be has failed."""
+    errors, status = {}, "passed"
+    try:
+        errors, wrong = outcome()
+        wrong = [kind for kind, e in errors.items() if not e <= limit] + wrong  # NaN is not <= anything
+        if wrong:
+            status = "FAILED: " + "; ".join(wrong)
+    except UserError as e:
+        status = ("FAILED: " if isinstance(e, TrainingStopped) else "skipped: ") + str(e)
+    except RuntimeError as e:  # a compiler's, a kernel's
+        status = f"FAILED: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
+    finite = {kind: e if math.isfinite(e) else None for kind, e in errors.items()}  # JSON has no NaN
+    return {"check": check, "against": against, "tolerance": limit, "errors": finite, "status": status}
+
+
+def verify(data_dir: str, device: torch.device, small: bool) -> dict:
+    """{"rows": [{check, against, tolerance, errors: {kind: number, or None if not finite}, status}], "passed": bool}.
+
+    status is "passed", "skipped: why this machine cannot" or "FAILED: what". Best called in a process of its own: it leaves
+    reuse_memory on. UserError if there is no data set.
+    """
+    base = base_config(data_dir, device, small)
+    expected, mean_squares = reference_step(base)
+
+    def take(cfg: Config, steps: int = 1) -> Found:
+        if reason := cannot_be_had(cfg, torch.device(cfg.device)):
+            raise UserError(reason)
+        return (measure_in_two_processes if cfg.processes > 1 else measure)(cfg, mean_squares, steps)
+
+    whole = replace(base, batch_size=base.tokens_per_step // base.T)
+    split = replace(base, batch_size=1)
+    padded = replace(base, vocab_multiple=128)
+    # one GPU cannot hold two processes of nccl; gloo's on the CPU run the same lines
+    alone = base if not cannot_be_had(replace(base, processes=2), device) else replace(base, device="cpu")
+    exact = TOLERANCE["ieee"]
+    checks: list[tuple[str, str, float, Callable[[], Outcome]]] = [
+        ("accumulated micro-batches of 1", "one batch", exact, lambda: compare(take(split), take(whole))),
+        ("2 processes, 2 steps", "1 process", exact, lambda: compare(take(replace(alone, processes=2), 2), take(alone, 2))),
+        ("padded vocabulary", "unpadded", exact, lambda: compare(take(padded), take(base))),
+        ("cached", "uncached", exact, lambda: cached_as_uncached(base, device)),
+        ("import -> export", "identity", 0.0, lambda: exported_as_imported(base)),
+    ]
+    checks += [
+        (name, "float64", tolerance(cfg), lambda cfg=cfg: compare(take(cfg), expected))
+        for cfg, name in plan(base, device, small).items()
+    ]
+    rows = []
+    with tqdm(checks, disable=None, unit="check") as bar:
+        for check in bar:
+            bar.set_description(check[0])
+            rows.append(row(*check))
+    return {"rows": rows, "passed": not any(r["status"].startswith("FAILED") for r in rows)}
+
+
+def table_rows(result: dict) -> tuple[list[str], list[list[str]]]:
+    """verify()'s rows as text: (column heads, lines)."""
+
+    def number(e: float | None) -> str:
+        return "not finite" if e is None else f"{e:.1e}"
+
+    lines = [
+        [r["check"], r["against"], number(r["tolerance"])]
+        + [number(r["errors"][kind]) if kind in r["errors"] else "" for kind in KINDS]
+        + [r["status"]]
+        for r in result["rows"]
+    ]
+    return ["check", "against", "tolerance", *KINDS, "status"], lines
+
+
+def main(argv: list[str]) -> None:
+    if argv[:1] != ["worker"]:
+        raise UserError("type python bench.py verify")
+    worker(*argv[1:])
+
+
+if __name__ == "__main__":
+    errors.entry(main)

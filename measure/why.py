@@ -1,0 +1,470 @@
+"""Where one training step goes: each part's time beside the least time it can take here, and the setting to try next.
+
+One step of train.train_step is profiled and written as a Chrome trace (open it in https://ui.perfetto.dev); the table is
+computed from that file alone. Every moment of the step belongs to exactly one part: on a CPU to the innermost operation that
+the training thread is in, on a GPU to the kernel that runs. The floor of a part is the roofline's (Williams et al. 2009):
+its operations over the matmul rate measured on this machine, or its bytes over the measured copy rate, whichever is longer.
+"""
+
+import contextlib
+import json
+import re
+import resource
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function, schedule
+
+import optim
+import train
+from base.errors import UserError
+from configurator import Config
+from engine import machine, parallel
+from engine.effective import effective, mismatches
+from engine.run import Run, build
+from model import ATTENTION as ATTENTION_FORMS
+from model import GPT
+
+GEMM, ATTENTION, CROSS_ENTROPY, ELEMENTWISE = "GEMM", "attention", "cross-entropy", "norms and elementwise"
+OPTIMIZER, DATA, COMMUNICATION, GAPS, OTHER = "optimizer", "data wait", "communication", "launch gaps", "other"
+PARTS = (GEMM, ATTENTION, CROSS_ENTROPY, ELEMENTWISE, OPTIMIZER, DATA, COMMUNICATION, GAPS, OTHER)
+
+STEP, SCOPE = "why: train_step", "why: "  # SCOPE + part: what happens inside is that part's, whatever it is called
+
+# ---- which part an operation belongs to ---------------------------------------------------------------------------------
+
+# All that runs inside one of these. AccumulateGrad adds up the gradients of micro-batches, which the optimizer needs.
+INSIDE = [
+    (DATA, re.compile(f"^{SCOPE}{DATA}$")),
+    (COMMUNICATION, re.compile(rf"^{SCOPE}{COMMUNICATION}$|^torch::distributed|^c10d::")),
+    (OPTIMIZER, re.compile(rf"^{SCOPE}{OPTIMIZER}$|^Optimizer\.|AccumulateGrad$")),
+]
+# An operation or kernel by its own name: the first pattern that is found in it. The order matters: the name of a compiled
+# kernel lists all that was fused into it, "cpp_fused__log_softmax__to_copy_native_layer_norm_3", the dearest first here.
+NAMED = [
+    (COMMUNICATION, re.compile(r"nccl|gloo|c10d|allreduce|all_reduce|DistributedDataParallel", re.IGNORECASE)),
+    (CROSS_ENTROPY, re.compile(r"log_softmax|nll_loss|cross_entropy|logsumexp", re.IGNORECASE)),
+    (ATTENTION, re.compile(r"(?<!log)_softmax|::softmax|masked_fill")),  # written out, or fused from that
+    (GEMM, re.compile(r"triton_tem_|triton_mm|cpp_\w*gemm")),  # templates of max-autotune
+    (ELEMENTWISE, re.compile(r"(cpp|triton)_\w*fused")),  # casts and copies around an attention kernel, too
+    (ATTENTION, re.compile(r"scaled_dot_product|flash|fmha|sdpa|efficient_attention|^aten::(bmm|baddbmm)$")),
+    (GEMM, re.compile(r"^aten::_?(mm|addmm|linear|matmul)|gemm|cutlass|nvjet|cublas|xmma|ampere_|sm\d+_|mkldnn")),
+    (GAPS, re.compile(r"^autograd::|Backward\d*$|^Compiled|^Torch-Compiled|CompiledFxGraph|^TorchDynamo|^AOTDispatcher")),
+    (GAPS, re.compile(rf"^Pregraph|^{STEP}$|^ProfilerStep|^cuda[A-Z]|^cu[A-Z]|^(aten::)?detach_?$|^\[memory\]$")),
+    (GAPS, re.compile(r"^aten::(view|_unsafe_view|reshape|t|transpose|permute|expand|slice|select|unbind|alias|as_strided)$")),
+    (GAPS, re.compile(r"^aten::(empty|empty_like|empty_strided|resize_|item|_local_scalar_dense|unsqueeze|squeeze|flatten)$")),
+    (ELEMENTWISE, re.compile(r"^aten::|at::native|^Memcpy|^Memset|^void |kernel", re.IGNORECASE)),
+]
+
+
+def by_name(name: str) -> str:
+    """The part of an operation or kernel, told from its name alone."""
+    return next((part for part, pattern in NAMED if pattern.search(name)), OTHER)
+
+
+@dataclass(eq=False)
+class Event:
+    """An interval of the trace on one thread of the host, in microseconds."""
+
+    name: str
+    start: float
+    end: float
+    shapes: list = field(default_factory=list)  # of its inputs, where the profiler noted them
+    launch: int | None = None  # the number of what it started on the GPU
+    parent: "Event | None" = None
+    own: float = 0.0  # what its children do not cover
+
+    def chain(self):
+        """Itself, its parent, and so on outwards."""
+        event = self
+        while event is not None:
+            yield event
+            event = event.parent
+
+
+def part_of(event: Event, cfg: Config) -> str:
+    """The part of a host operation: what it lies in, else its name, else the shapes it works on."""
+    for outer in event.chain():
+        if scope := next((part for part, pattern in INSIDE if pattern.search(outer.name)), None):
+            return scope
+    part = by_name(event.name)
+    if part == ELEMENTWISE:
+        shapes = [s for s in event.shapes if s and all(isinstance(n, int) for n in s)]
+        if any(len(s) >= 4 for s in shapes):
+            return ATTENTION  # heads: (B, H, T, D) and (B, H, T, T); nothing else here has four dimensions
+        if any(s[-1] in (cfg.vocab_size, cfg.padded_vocab_size) and len(s) >= 2 for s in shapes):
+            return CROSS_ENTROPY  # logits: (B, T, V) and (B·T, V)
+    return part
+
+
+# ---- reading the trace --------------------------------------------------------------------------------------------------
+
+
+def host_events(trace: list[dict]) -> list[Event]:
+    """The host's intervals of a Chrome trace, nested thread by thread. `own` adds up to the time covered."""
+    device = ("kernel", "gpu_memcpy", "gpu_memset", "gpu_user_annotation", "overhead", "Trace")
+    found = [e for e in trace if e.get("ph") == "X" and e.get("cat") not in device]
+    events, open_ones, thread = [], [], None
+    for e in sorted(found, key=lambda e: (str(e["tid"]), e["ts"], -e["dur"])):
+        if e["tid"] != thread:
+            open_ones, thread = [], e["tid"]
+        args = e.get("args", {})
+        event = Event(e["name"], e["ts"], e["ts"] + e["dur"], args.get("Input Dims", []), args.get("correlation"), own=e["dur"])
+        while open_ones and open_ones[-1].end <= event.start:
+            open_ones.pop()
+        if open_ones:
+            event.parent = open_ones[-1]
+            event.end = min(event.end, event.parent.end)  # the last digit is rounded
+            event.own = event.end - event.start
+            event.parent.own -= event.own
+        open_ones.append(event)
+        events.append(event)
+    return events
+
+
+def kernels(trace: list[dict], host: list[Event], cfg: Config) -> list[tuple[float, float, str, str]]:
+    """(start, end, name, part) of what ran on the GPU. A kernel has the number ("correlation") of the call that launched it,
+    and so the operation that asked for it: aten::bmm is attention's, though its kernel is called gemm.
+    """
+    calls = {e.launch: e for e in host if e.launch is not None}
+    found = []
+    for e in trace:
+        if e.get("ph") != "X" or e.get("cat") not in ("kernel", "gpu_memcpy", "gpu_memset"):
+            continue
+        call = calls.get(e.get("args", {}).get("correlation"))
+        part = part_of(call.parent, cfg) if call and call.parent else OTHER
+        if part in (GAPS, OTHER):  # launched by a compiled graph: the kernel's own name says what it does
+            part = by_name(e["name"])
+        found.append((e["ts"], e["ts"] + e["dur"], e["name"], part))
+    return sorted(found)
+
+
+def take(free: list[tuple[float, float]], spans: list[tuple[float, float]]) -> tuple[float, list[tuple[float, float]]]:
+    """(how much of the free intervals the spans cover, what they leave free). Both sorted; so is what is left."""
+    taken, left = 0.0, []
+    for start, end in free:
+        for a, b in spans:
+            if b <= start or a >= end:
+                continue
+            if a > start:
+                left.append((start, a))
+            taken += min(b, end) - max(a, start)
+            start = min(b, end)
+        if start < end:
+            left.append((start, end))
+    return taken, left
+
+
+def attribute(trace: list[dict], cfg: Config, on_gpu: bool) -> tuple[float, dict[str, float], list[tuple[str, float, str]]]:
+    """(the step's microseconds, microseconds of each part, [(name, microseconds, part), …] longest first) from a trace."""
+    events = host_events(trace)
+    steps = [e for e in events if e.name == STEP]
+    if not steps:
+        raise UserError("the profiler recorded nothing: this torch was built without it")
+    step = steps[-1]
+    parts, names = dict.fromkeys(PARTS, 0.0), defaultdict(float)
+    inside = [e for e in events if step in e.chain()]
+    if on_gpu:
+        ran = [k for k in kernels(trace, events, cfg) if step.start <= k[0] < step.end]
+        if not ran:
+            raise UserError("the profiler saw no GPU kernels (CUPTI is missing or in use by another program)")
+        for start, end, name, part in ran:
+            names[name, part] += end - start
+            if part != COMMUNICATION:
+                parts[part] += end - start
+        free = [(step.start, step.end)]
+        _, free = take(free, [k[:2] for k in ran if k[3] != COMMUNICATION])
+        # only what no computation hides; and of the idle rest, what the host spent waiting for data
+        parts[COMMUNICATION], free = take(free, [k[:2] for k in ran if k[3] == COMMUNICATION])
+        waits, free = take(free, sorted((e.start, e.end) for e in inside if e.name == SCOPE + DATA))
+        parts[DATA] += waits
+        parts[GAPS] += sum(b - a for a, b in free)
+    else:
+        for event in inside:
+            part = part_of(event, cfg)
+            parts[part] += event.own
+            names[event.name, part] += event.own
+        # Outside all operations, while gloo's threads exchange gradients, the training thread waits for them.
+        free = [(step.start, step.end)]
+        _, free = take(free, [(e.start, e.end) for e in inside if e.parent is step])
+        waits, _ = take(free, sorted((e.start, e.end) for e in events if e.name.startswith("gloo:")))
+        parts[COMMUNICATION], parts[GAPS] = parts[COMMUNICATION] + waits, parts[GAPS] - waits
+    top = sorted(((name, us, part) for (name, part), us in names.items()), key=lambda row: -row[1])
+    return step.end - step.start, parts, top
+
+
+# ---- floors -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least a part must do in one step of one process, and the time that takes at this machine's measured rates."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    seconds: float = 0.0
+
+
+def gemm_rate(cfg: Config, ceilings: dict) -> float:
+    """FLOP/s of large matmuls in the precision that cfg multiplies in."""
+    if cfg.dtype == "float32" and cfg.fp32_precision == "ieee":
+        return ceilings["gemm_float32_flops"]
+    # TF32 runs at half the 16-bit rate on every NVIDIA GPU that has both (data sheets of A100, H100, H200)
+    half = cfg.dtype == "float32" and cfg.fp32_precision == "tf32"
+    return ceilings["gemm_bfloat16_flops"] / (2 if half else 1)
+
+
+def floors(cfg: Config, ceilings: dict, processes: int = 1) -> dict[str, Floor]:
+    """The floor of each part for one step of one of `processes` equal processes.
+
+    Bytes assume that every operation between two matmuls is fused with its neighbours, and that nothing stays in a cache in
+    between: a small model, whose activations fit into the cache, can beat its floor. So can any part if the machine was busier
+    while its ceilings were measured.
+    """
+    micro_batch, accumulation = cfg.split_step(processes)
+    L, C, T = cfg.n_layer, cfg.n_embd, cfg.T
+    n = micro_batch * T  # tokens in one forward pass
+    N = n * accumulation  # tokens in the step
+    e = 4 if cfg.dtype == "float32" else 2  # bytes of a number that a matmul reads or writes; the residual stream has 4
+    sharing = processes if cfg.device == "cpu" else 1  # of the cores and the memory; each process has a GPU of its own
+    rate, copy = gemm_rate(cfg, ceilings) / sharing, ceilings["copy_bytes_per_s"] / sharing
+    with torch.device("meta"):
+        P = sum(p.numel() for p in GPT(cfg).parameters())  # with the padding rows: they are updated as well
+    matrices = [(C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)] * L + [(C, cfg.padded_vocab_size)]
+    weights = sum(i * o for i, o in matrices)
+
+    def floor(flops: float = 0.0, bytes_: float = 0.0) -> Floor:
+        return Floor(flops, bytes_, max(flops / rate, bytes_ / copy))
+
+    attention_flops = 12 * L * C * T * N  # as flops_per_token counts: q kᵀ and weights·v, forward once and backward twice
+    # Between two matmuls, per token and channel of a layer. Add a branch to the stream and normalise: read 4 + e, write
+    # 4 + e; backward: read the gradients of the norm's output (e) and of the stream (4), and the stream (4), write the
+    # stream's gradient (4) and the branch's (e). Twice in a layer. GELU on 4C: read and write; backward: read two, write one.
+    layer = 2 * ((8 + 2 * e) + (12 + 2 * e)) + 4 * (2 * e + 3 * e)
+    # Behind the last layer one more norm; before the first the embedding: read and write a row, backward add to a row.
+    ends = (8 + 2 * e) + (12 + 2 * e) + (4 + 4) + (4 + 8)
+    # That gradient is dense: filled with zeros, then, if the matrix is the head's as well, added to its (read two, write one).
+    dense = 4 * (4 if cfg.tie_weights else 1) * cfg.padded_vocab_size * C * accumulation
+    casts = 2 * (4 + e) * weights * accumulation if e == 2 else 0  # the weights down to 16 bits, their gradients up again
+    return dict.fromkeys(PARTS, Floor()) | {
+        # Forward, gradient of the input, gradient of the weight: each reads two of the three matrices and writes the third.
+        GEMM: floor(
+            N * cfg.flops_per_token(T) - attention_flops,
+            accumulation * 3 * e * sum(n * i + i * o + n * o for i, o in matrices),
+        ),
+        # The mask leaves T (T + 1) / 2 of the T² scores. Read q, k, v, write o; backward read those and do, write dq, dk, dv.
+        ATTENTION: floor(attention_flops * (T + 1) / (2 * T), 12 * e * L * C * N),
+        CROSS_ENTROPY: floor(0, 2 * e * N * cfg.vocab_size),  # read each logit once, write its gradient over it
+        ELEMENTWISE: floor(0, N * C * (L * layer + ends) + dense + casts),
+        # AdamW in float32: read p, g, m, v, write p, m, v (28); the gradients' norm reads g (4); each further micro-batch
+        # adds its gradients to the sum: read both, write one (12).
+        OPTIMIZER: floor(0, P * (28 + 4 + 12 * (accumulation - 1))),
+        # A ring all-reduce sends and receives 2 (k - 1) / k of the gradients; no link is faster than memory.
+        COMMUNICATION: floor(0, 2 * (processes - 1) / processes * 4 * P),
+    }
+
+
+# ---- what to try next ---------------------------------------------------------------------------------------------------
+
+# How near its floor a part comes when it is fused: a guess that measurements on a CPU and others' on GPUs bear out roughly.
+FUSED = 2.0
+
+
+def head_seconds(cfg: Config, device: torch.device, n: int) -> float:
+    """What the output head's three matmuls take for n tokens, tried now."""
+    dtype = machine.DTYPES[cfg.dtype]
+    x, w = (torch.randn(rows, cfg.n_embd, device=device).to(dtype) for rows in (n, cfg.padded_vocab_size))
+    y = x @ w.T
+    return machine.best_seconds(device, lambda: (x @ w.T, y @ w, y.T @ x), repeats=4)
+
+
+def attention_seconds(cfg: Config, device: torch.device, micro_batch: int) -> float:
+    """What cfg's attention takes for one layer of one forward and backward pass, tried now."""
+    shape = (micro_batch, cfg.n_head, cfg.T, cfg.n_embd // cfg.n_head)
+    dtype = machine.DTYPES[cfg.dtype]
+    qkv = [torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(3)]
+    return machine.best_seconds(device, lambda: ATTENTION_FORMS[cfg.attention](*qkv, cfg.dropout).sum().backward(), repeats=4)
+
+
+def advise(run: Run, ms: dict[str, float], ceilings: dict, kernel_ms: float) -> list[dict]:
+    """Settings that are off and can be had here, with a prediction of the milliseconds each saves, the largest first.
+
+    A setting that moves the floor leaves each part as far above it as it is (times new floor / old floor). A setting that
+    fuses takes a part down to FUSED times its floor, or to what a trial of it takes now. The predictions overlap: they do
+    not add up. kernel_ms: how long the operating system's kernel worked for the process in a step.
+    """
+    cfg, device = run.cfg, run.device
+    at = floors(cfg, ceilings, run.world.size)
+    copy_ms = 1e3 / ceilings["copy_bytes_per_s"]
+    found = []
+
+    def offer(setting: str, value, saves: Callable[[Config], float], why: str) -> None:
+        new = replace(cfg, **{setting: value})
+        with contextlib.suppress(UserError):  # what cannot be had here is no advice
+            machine.resolve(new, device)
+            machine.check_fp32_precision(new.fp32_precision, device)
+            if new != cfg and (saved := saves(new)) > 0:
+                found.append({"setting": f"{setting}={value}", "saves_ms": saved, "why": why})
+
+    def moved(*parts: str) -> Callable[[Config], float]:
+        def saves(new: Config) -> float:
+            to = floors(new, ceilings, run.world.size)
+            return sum(ms[p] * (1 - to[p].seconds / at[p].seconds) for p in parts if at[p].seconds)
+
+        return saves
+
+    def added(part: str) -> Callable[[Config], float]:
+        return lambda new: 1e3 * (floors(new, ceilings, run.world.size)[part].seconds - at[part].seconds)
+
+    def fused(*parts: str) -> Callable[[Config], float]:
+        return lambda _: sum(max(0.0, ms[p] - FUSED * 1e3 * at[p].seconds) for p in parts)
+
+    best = machine.best_dtype(device)
+    if cfg.dtype == "float32" and best != "float32":
+        rounded = {"cuda": "tf32", "cpu": "bf16"}.get(device.type, "ieee")
+        why = "matmuls at the rate measured for 16 bits, logits of half the bytes; casts of the weights come on top"
+        offer("dtype", best, lambda new: moved(GEMM, ATTENTION, CROSS_ENTROPY)(new) - added(ELEMENTWISE)(new), why)
+        # tensor cores round what they read; a CPU rewrites both matrices in 16 bits (read 4, write 2) before each matmul
+        rewriting = 2 * (4 + 2) / (3 * 4) * at[GEMM].bytes * copy_ms if device.type == "cpu" else 0.0
+        why = "the same tensors, multiplied at the rate of fewer bits"
+        if cfg.fp32_precision == "ieee":
+            offer("fp32_precision", rounded, lambda new: moved(GEMM)(new) - rewriting, why)
+    offer("compile", True, fused(ELEMENTWISE, CROSS_ENTROPY), f"norms, elementwise and loss fused to {FUSED:g} × their floor")
+    tries = 1e3 * cfg.n_layer * run.accumulation
+    offer(
+        "attention",
+        "sdpa",
+        lambda new: ms[ATTENTION] - tries * attention_seconds(new, device, run.micro_batch),
+        "the T x T scores stay in cache: one layer of it was tried now",
+    )
+    offer(
+        "fused_adamw",
+        True,
+        # clipping stays as it is: it reads the gradients, then reads and writes them once more
+        lambda _: ms[OPTIMIZER] - 1e3 * at[OPTIMIZER].seconds - 8 / 32 * 1e3 * at[OPTIMIZER].seconds,
+        "one pass over parameters, gradients and moments: the optimizer at its floor, and clipping's second pass",
+    )
+    offer(
+        "reuse_memory",
+        True,
+        lambda _: kernel_ms / torch.get_num_threads(),  # pages are faulted in by the thread that touches them
+        f"the kernel works {kernel_ms:,.0f} ms a step for this process, nearly all of it faulting pages in and out",
+    )
+    if cfg.vocab_multiple == 1:
+        n = run.micro_batch * cfg.T
+        offer(
+            "vocab_multiple",
+            128,
+            lambda new: 1e3 * run.accumulation * (head_seconds(cfg, device, n) - head_seconds(new, device, n)),
+            "the head's matmuls at both widths, tried now",
+        )
+    offer("prefetch", True, lambda _: ms[DATA], "the data wait disappears behind the computation")
+    if run.accumulation > 1 and run.accumulation % 2 == 0:
+        weights = 12 * sum(p.numel() for p in run.model.parameters()) * run.accumulation
+        offer(
+            "batch_size",
+            2 * run.micro_batch,
+            lambda _: 0.5 * (ms[GAPS] + copy_ms * weights),
+            "half as many launches and additions of gradients, if there is memory for it",
+        )
+    return sorted(found, key=lambda a: -a["saves_ms"])
+
+
+# ---- one profiled step --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def named_scopes(run: Run):
+    """Name, for the profiler, what train_step calls but torch does not name: data, clipping, sums over processes."""
+    places = [
+        (run, "next_batch", DATA),
+        (optim, "gradient_norm", OPTIMIZER),
+        (nn.utils, "clip_grads_with_norm_", OPTIMIZER),
+        (parallel, "sum_over_ranks", COMMUNICATION),
+    ]
+    before = [getattr(owner, name) for owner, name, _ in places]
+    for (owner, name, part), function in zip(places, before, strict=True):
+        setattr(owner, name, record_function(SCOPE + part)(function))
+    try:
+        yield
+    finally:
+        for (owner, name, _), function in zip(places, before, strict=True):
+            setattr(owner, name, function)
+
+
+def why(cfg: Config, ceilings: dict, trace_path: Path, warmup: int = 3, timed: int = 5) -> dict:
+    """Profile one step of cfg after `warmup` and `timed` ordinary ones; write its trace; the table and advice as JSON values.
+
+    ceilings: bench.ceilings(cfg). Times in milliseconds; those of the parts are the profiled step's, scaled to the median
+    of the ordinary ones. In a run of several processes each accounts for its own step, and the first one writes the trace.
+    """
+    # Compiled C++ kernels appear in a profile by their names only if they were generated for it; it costs nothing otherwise
+    with torch._inductor.config.patch({"cpp.enable_kernel_profile": True}):
+        run = build(cfg)
+        if run.device.type == "mps":
+            raise UserError("torch's profiler cannot see into mps: type --device=cpu")
+        on_gpu = run.device.type == "cuda"
+        done = 0
+
+        def one_step() -> float:
+            nonlocal done
+            began = time.perf_counter()
+            train.train_step(run, done)
+            if on_gpu:
+                torch.cuda.synchronize()
+            done += 1
+            return time.perf_counter() - began
+
+        for _ in range(warmup):
+            one_step()
+        before = resource.getrusage(resource.RUSAGE_SELF)
+        step_ms = 1e3 * statistics.median(one_step() for _ in range(timed))
+        after = resource.getrusage(resource.RUSAGE_SELF)
+        faults, kernel_ms = (after.ru_minflt - before.ru_minflt) / timed, 1e3 * (after.ru_stime - before.ru_stime) / timed
+
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+        path = Path(trace_path) if run.world.is_main else Path(f"{trace_path}.rank{run.world.rank}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            named_scopes(run),
+            profile(  # the first profiled step pays for starting the profiler: it is thrown away
+                activities=activities,
+                schedule=schedule(wait=0, warmup=1, active=1, repeat=1),
+                on_trace_ready=lambda p: p.export_chrome_trace(str(path)),
+                record_shapes=True,
+            ) as profiler,
+        ):
+            for _ in range(2):
+                with record_function(STEP):
+                    one_step()
+                profiler.step()
+
+    if wrong := mismatches(run, effective(run)):
+        raise UserError("; ".join(wrong))  # a table of something else than what was asked for
+    trace = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    total_us, parts_us, top = attribute(trace, run.cfg, on_gpu)
+    ms = {part: us / total_us * step_ms for part, us in parts_us.items()}
+    least = floors(run.cfg, ceilings, run.world.size)
+    shares = [
+        {"part": p, "ms": ms[p], "share": ms[p] / step_ms, "floor_ms": 1e3 * f.seconds, "flops": f.flops, "bytes": f.bytes}
+        for p, f in least.items()
+    ]
+    result = {
+        "step_ms": step_ms,
+        "profiled_ms": total_us / 1e3,
+        "floor_ms": sum(s["floor_ms"] for s in shares),
+        "shares": shares,
+        "advice": advise(run, ms, ceilings, kernel_ms),
+        "page_faults": faults,
+        "kernel_ms": kernel_ms,
+        "top_events": [[name, us / total_us * step_ms, part] for name, us, part in top[:15]],
+        "trace": str(path),
+    }
+    run.close()
+    return result

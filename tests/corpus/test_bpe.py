@@ -1,0 +1,395 @@
+"""bpe.py: a reference of ten lines for training and one for encoding, cuts at every place, files that cannot be trusted."""
+
+import functools
+import itertools
+import json
+import random
+import re
+import time
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import regex
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import tokenizer
+from base.errors import UserError
+from corpus import bpe
+from corpus.bpe import read_chunks
+from tokenizer import END_OF_TEXT, BPETokenizer, blocks
+
+# ---- the references: GPT-2's pattern as it was published, and the algorithm as it is taught
+
+GPT2_PATTERN = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+
+
+def merged(word: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
+    out: list[bytes] = []
+    for token in word:
+        if out and (out[-1], token) == pair:
+            out[-1] += token
+        else:
+            out.append(token)
+    return out
+
+
+def pieces(text: str) -> list[list[bytes]]:
+    return [[bytes([b]) for b in piece.encode()] for piece in GPT2_PATTERN.findall(text)]
+
+
+def textbook_merges(texts: list[str], n: int) -> list[tuple[bytes, bytes]]:
+    words, merges = [word for text in texts for word in pieces(text)], []
+    for _ in range(n):
+        counts = Counter(pair for word in words for pair in itertools.pairwise(word))
+        if not counts:
+            break
+        merges.append(max(counts, key=lambda pair: (counts[pair], pair)))
+        words = [merged(word, merges[-1]) for word in words]
+    return merges
+
+
+def textbook_encode(text: str, merges: list[tuple[bytes, bytes]]) -> list[bytes]:
+    return [token for word in pieces(text) for token in functools.reduce(merged, merges, word)]
+
+
+def train(texts: list[str], n_merges: int, special_tokens=(END_OF_TEXT,)) -> BPETokenizer:
+    return bpe.train(texts, 256 + n_merges + len(special_tokens), special_tokens, processes=1)
+
+
+def spelt(own: BPETokenizer) -> list[tuple[bytes, bytes]]:
+    return [(own.tokens[left], own.tokens[right]) for left, right in own.merges]
+
+
+repetitive = st.text("ab ", max_size=60)  # ties and overlaps
+# Characters without a category are left out: regex and tiktoken may know different versions of Unicode.
+any_text = st.text(st.characters(exclude_categories=["Cs", "Cn"]))
+fragment = st.sampled_from(
+    [
+        "the",
+        " the",
+        "then",
+        "a",
+        "aa",
+        "'s",
+        "'",
+        "!",
+        "12",
+        " ",
+        "  ",
+        "\n",
+        "\r\n",
+        "\t",
+        "\x1c",
+        "\x85",
+        "\u3000",
+        "é",
+        "日本",
+        "🙂",
+    ]
+)
+mixed = st.lists(fragment | st.characters(exclude_categories=["Cs", "Cn"]), max_size=40).map("".join)
+text = repetitive | mixed
+
+
+@pytest.fixture(scope="module")
+def prose(root) -> str:
+    """Some 130 kB of text that anyone has who has these tests."""
+    texts = [path.read_text(encoding="utf-8") for path in sorted(root.glob("*.py"))]
+    return ("".join(texts) * 2)[:130_000]
+
+
+@pytest.fixture(scope="module")
+def trained(prose) -> BPETokenizer:
+    return train([prose], 500, ["<|user|>", "<|user|><|end|>", END_OF_TEXT])
+
+
+# ---- training
+
+
+def test_the_worked_example():
+    own = train(["aaabdaaabac"], 3)
+    assert spelt(own) == [(b"a", b"a"), (b"aa", b"a"), (b"aaa", b"b")]
+    assert own.encode("aaabdaaabac") == [258, 100, 258, 97, 99]
+    assert own.vocab_size == 260
+    assert own.end_of_text == 259
+
+
+@given(st.lists(text, max_size=4), st.integers(0, 30))
+@example(["aaaa aaaaa baaab"], 30)
+@example(["ab aab ba"], 30)  # one token begins with another: (ab, x) against (a, bx)
+def test_merges_are_the_textbooks(texts, n):
+    assert spelt(train(texts, n)) == textbook_merges(texts, n)
+
+
+def test_merges_of_prose_are_the_textbooks(prose):
+    assert spelt(train([prose[:6000]], 300)) == textbook_merges([prose[:6000]], 300)
+
+
+def test_without_pairs_training_ends():
+    own = train(["hi hi"], 1000)
+    assert spelt(own) == [(b"h", b"i"), (b" ", b"hi")]
+    assert own.vocab_size == 256 + 2 + 1
+    assert train([], 10).merges == train(["a b"], 0).merges == []
+
+
+@given(st.lists(text, max_size=4), st.integers(0, 20))
+def test_special_tokens_part_texts(texts, n):
+    assert train([END_OF_TEXT.join(texts)], n).merges == train(texts, n).merges
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_the_counts_do_not_depend_on_processes(monkeypatch, prose, processes):
+    sizes = []  # of the batches that went to other processes
+
+    class Pool(ProcessPoolExecutor):
+        def map(self, count, batch):
+            sizes.append(len(batch))
+            return super().map(count, batch)
+
+    monkeypatch.setattr(bpe, "COUNTED_AT_ONCE", 1000)
+    monkeypatch.setattr(bpe, "ProcessPoolExecutor", Pool)
+    counts = bpe.count_pieces([prose, "", "x  " + END_OF_TEXT], (END_OF_TEXT,), processes)
+    expected = [piece for part in prose.split(END_OF_TEXT) for piece in GPT2_PATTERN.findall(part)]
+    assert counts == Counter([*expected, "x", "  "])
+    assert sum(sizes) > 100 if processes > 1 else not sizes
+
+
+def test_training_is_quick(prose):
+    """The target is 1.5 s; the worst that a slow machine is allowed. Here it takes 0.1 s."""
+    began = time.process_time()
+    assert train([prose], 500).vocab_size == 757
+    assert time.process_time() - began < 1.5
+
+
+def test_long_words_are_quick():
+    """A word of a megabyte is visited by every merge: looking at each of its tokens every time would take minutes."""
+    text = "".join(random.Random(0).choices("acgt", k=2**18))
+    began = time.process_time()
+    assert len(train([text, "a" * 2**18], 200).merges) == 200
+    assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize("vocab_size", [0, 256, 2**20 + 1])
+def test_a_vocabulary_has_its_limits(vocab_size):
+    with pytest.raises(UserError, match=f"vocab_size={vocab_size} must lie between 257"):
+        bpe.train(["text"], vocab_size)
+
+
+# ---- encoding
+
+
+@given(st.lists(text, max_size=4), st.integers(0, 40), text)
+@example(["aaaa aaaaa"], 3, "aaaaaaa aaa aaaaa")
+def test_ids_are_the_textbooks(texts, n, other):
+    own = train(texts, n)
+    for one in (*texts, other):
+        assert [own.tokens[i] for i in own.encode(one)] == textbook_encode(one, textbook_merges(texts, n))
+
+
+@given(other=text | any_text)
+def test_ids_of_more_merges_are_the_textbooks(trained, other):
+    assert [trained.tokens[i] for i in trained.encode(other)] == textbook_encode(other, spelt(trained))
+
+
+@given(st.text() | any_text | text)
+def test_any_text_survives_the_round_trip(trained, text):
+    ids = trained.encode(text)
+    assert trained.decode(ids) == text
+    assert trained.decode_bytes(ids) == text.encode()
+    assert all(0 <= i < trained.vocab_size - 3 for i in ids)  # no special token
+
+
+def test_gpt2s_merges_give_gpt2s_ids(prose):
+    """Through the file that OpenAI published: merges of strings, in which each byte is a printable character."""
+    gpt2 = tokenizer.GPT2Tokenizer()
+    gpt2.encode("a")  # fetches the file if need be; an empty text needs none
+    source = tokenizer.GPT2_MERGES
+    path = tokenizer.cache_dir() / tokenizer.hashlib.sha1(source.url.encode()).hexdigest()
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    id_of = {bytes([b]): b for b in range(256)}
+    merges = []
+    for line in path.read_text(encoding="utf-8").splitlines()[1:]:
+        left, right = (bytes(byte_of[c] for c in part) for part in line.split())
+        merges.append((id_of[left], id_of[right]))
+        id_of[left + right] = len(id_of)
+    own = BPETokenizer(merges)
+    assert own.vocab_size == gpt2.vocab_size
+    assert own.end_of_text == gpt2.end_of_text
+    for text in (prose, "日本語 🙂 naïve\t  \n"):
+        assert [own.tokens[i] for i in own.encode(text)] == [gpt2.decode_bytes([i]) for i in gpt2.encode(text)]
+
+
+def test_special_tokens_are_told_apart_on_request(trained):
+    assert trained.special_ids == {"<|user|>": 756, "<|user|><|end|>": 757, END_OF_TEXT: 758}
+    text = f"a  <|user|><|end|><|user|> b{END_OF_TEXT}"
+    ids = trained.encode(text, special=True)
+    assert [i for i in ids if i >= 756] == [757, 756, 758]
+    assert trained.decode(ids) == text
+    assert ids == [*trained.encode("a  "), 757, 756, *trained.encode(" b"), 758]
+    assert max(trained.encode(text)) < 756
+    assert trained.decode([trained.start]) == END_OF_TEXT
+
+
+def test_half_a_character_decodes_to_a_replacement(trained):
+    assert trained.decode(trained.encode("🙂")[:1]) == "\ufffd"
+
+
+def test_a_lone_surrogate_is_a_replacement_character(trained):
+    """They come from arguments that are not UTF-8."""
+    assert trained.decode(trained.encode("a\ud800b")) == "a\ufffdb"
+    assert spelt(train(["\ud800\ud800"], 1)) == [(b"?", b"?")]
+
+
+@pytest.mark.parametrize("text", [" " * 2**20 + "x", "a" * 2**20, "\n" * 2**20 + "<", " " * 2**20, "<" * 2**20])
+def test_long_runs_are_encoded(trained, text):
+    for ids in (trained.encode(text), trained.encode(text, special=True)):
+        assert trained.decode_bytes(ids).decode() == text
+
+
+# ---- streams
+
+
+@given(mixed | any_text, st.integers(1, 12), st.integers(1, 12))
+@example(" !\x1cx", 1, 1)
+def test_cuts_are_safe(trained, text, size, chunk):
+    """The pieces of the parts are the pieces of the whole, for both engines, wherever the chunks end."""
+    chunks = [text[i : i + chunk] for i in range(0, len(text), chunk)]
+    parts = list(blocks(chunks, size=size))
+    assert "".join(parts) == text
+    assert all(parts)
+    assert [p for part in parts for p in GPT2_PATTERN.findall(part)] == GPT2_PATTERN.findall(text)
+    assert [i for part in parts for i in trained._encoding.encode_ordinary(part)] == trained._encoding.encode_ordinary(text)
+    assert list(blocks(text, size=size)) == parts
+
+
+with_specials = st.lists(st.sampled_from(["a", " ", "  ", "\n", "<", "<|user|>", "<|end|>", END_OF_TEXT]), max_size=20).map(
+    "".join
+)
+
+
+@given(with_specials, st.integers(1, 12), st.integers(1, 12), st.booleans())
+@example("a  <|user|>", 1, 1, True)
+def test_cuts_are_safe_beside_special_tokens(trained, text, size, chunk, special):
+    chunks = [text[i : i + chunk] for i in range(0, len(text), chunk)]
+    parts = blocks(chunks, trained.special_tokens, size)
+    assert [i for part in parts for i in trained.encode(part, special)] == trained.encode(text, special)
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_a_stream_has_the_ids_of_its_file(tmp_path, monkeypatch, trained, prose, special):
+    text = f"\ufeff{prose}\r\nnaïve 🙂  {END_OF_TEXT}\r\n {prose}"
+    (tmp_path / "file").write_text(text, encoding="utf-8", newline="")
+    parts = list(trained.encode_stream(read_chunks(tmp_path / "file", 1000), special))
+    assert len(parts) == 1
+    monkeypatch.setattr(bpe.blocks, "__defaults__", ((END_OF_TEXT,), 1000))
+    again = list(trained.encode_stream(read_chunks(tmp_path / "file", 77), special))
+    assert len(again) > 200
+    whole = trained.encode(text[1:], special)  # without the byte order mark
+    assert list(itertools.chain(*again)) == list(itertools.chain(*parts)) == whole
+
+
+def test_a_stream_without_end_is_encoded_as_it_comes(trained):
+    parts = trained.encode_stream(itertools.repeat("one sentence after the other.\n"))
+    for part in itertools.islice(parts, 3):
+        assert 2**18 <= len(trained.decode(part)) < 2**18 + 100
+
+
+def test_a_text_is_trained_on_as_it_comes(tmp_path, trained, prose):
+    (tmp_path / "file").write_text(prose, encoding="utf-8", newline="")
+    texts = blocks(read_chunks(tmp_path / "file", 100), trained.special_tokens, 1000)
+    assert bpe.train(texts, 759, trained.special_tokens).merges == trained.merges
+
+
+@pytest.mark.parametrize(("content", "reason"), [(b"\xff", "not UTF-8"), (b"ab\xc3", "not UTF-8"), (None, "No such file")])
+def test_a_file_that_is_no_text_is_named(tmp_path, content, reason):
+    path = tmp_path / "file"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=f"{re.escape(str(path))}.*{reason}"):
+        list(read_chunks(path))
+
+
+# ---- JSON
+
+
+def test_it_survives_json(trained, prose):
+    again = BPETokenizer.from_spec(json.loads(trained.to_json()))
+    assert again.name == trained.name
+    assert again.encode(prose, special=True) == trained.encode(prose, special=True)
+
+
+def test_the_name_tells_vocabularies_apart(trained):
+    others = [train(["abc"], 1), train(["abd"], 1), train(["abd"], 1, ["<s>", END_OF_TEXT]), trained]
+    assert len({own.name for own in others}) == 4
+    assert all(len(own.name.encode("ascii")) <= 32 for own in others)  # a shard's header has room for no more
+
+
+MERGES = [[97, 98], [256, 99]]
+DOUBLING = [[97, 97], *([256 + k, 256 + k] for k in range(60))]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"merges": None}, "list of pairs"),
+        ({"merges": {"a": 1}}, "list of pairs"),
+        ({"merges": ["ab"]}, "list of pairs"),
+        ({"merges": [[97, 98], [256]]}, "merge 1 must be two ids below 257"),
+        ({"merges": [[97, 98, 99]]}, "merge 0"),
+        ({"merges": [[97, 256]]}, "merge 0 must be two ids below 256"),
+        ({"merges": [[97, -1]]}, "merge 0"),
+        ({"merges": [[97, True]]}, "merge 0"),
+        ({"merges": [[97, 98.0]]}, "merge 0"),
+        ({"merges": [[97, "b"]]}, "merge 0"),
+        ({"merges": [[97, 98], [97, 98]]}, "the same token"),
+        ({"merges": [[97, 98], [98, 99], [256, 99], [97, 257]]}, "the same token"),
+        ({"merges": DOUBLING}, "merge 25 are longer than"),
+        ({"merges": [[97, 98]] * 2**20}, "a vocabulary of 1,048,833 tokens"),
+        ({"special_tokens": None}, "list of strings"),
+        ({"special_tokens": END_OF_TEXT}, "list of strings"),
+        ({"special_tokens": [1, END_OF_TEXT]}, "list of strings"),
+        ({"special_tokens": []}, "the last of them"),
+        ({"special_tokens": ["<s>"]}, "the last of them"),
+        ({"special_tokens": [END_OF_TEXT, END_OF_TEXT]}, "distinct"),
+        ({"special_tokens": ["", END_OF_TEXT]}, "special token ''"),
+        ({"special_tokens": ["a b", END_OF_TEXT]}, "special token 'a b'"),
+        ({"special_tokens": ["\ud800", END_OF_TEXT]}, "special token"),
+    ],
+)
+def test_a_wrong_file_is_refused_in_one_line(change, reason):
+    spec = {"merges": MERGES, "special_tokens": [END_OF_TEXT]}
+    assert BPETokenizer.from_spec(spec).encode("abc") == [257]
+    with pytest.raises(UserError, match=reason) as refusal:
+        BPETokenizer.from_spec(json.loads(json.dumps(spec | change)))
+    assert "\n" not in str(refusal.value)
+    str(refusal.value).encode()  # can be printed
+
+
+scalar = st.none() | st.booleans() | st.integers(-1, 300) | st.floats() | st.text(max_size=3)
+value = st.recursive(
+    scalar, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+)
+ids = st.integers(97, 99) | st.integers(255, 262)
+merge_list = st.lists(st.lists(ids, min_size=2, max_size=2) | st.lists(ids | value, max_size=3), max_size=6)
+special_list = st.lists(st.sampled_from([END_OF_TEXT, "<s>", "b", "[^]"]) | value, max_size=3).map(
+    lambda some: [*some, END_OF_TEXT]
+)
+near_miss = st.fixed_dictionaries({}, optional={"merges": merge_list | value, "special_tokens": special_list | value})
+
+
+@settings(max_examples=300)
+@given(near_miss, st.text("abcs<>[]^ ", max_size=10))
+def test_a_strange_file_is_refused_or_works(spec, text):
+    try:
+        own = BPETokenizer.from_spec(json.loads(json.dumps(spec)))
+    except UserError:
+        return
+    assert [list(merge) for merge in own.merges] == spec["merges"]
+    for special in (False, True):
+        assert own.decode(own.encode(text, special)) == text
+        parts = blocks(text, own.special_tokens, 1)
+        assert [i for part in parts for i in own.encode(part, special)] == own.encode(text, special)

@@ -1,0 +1,548 @@
+"""pretrained.py: GPT-2 weights through transformers and back, and files that are refused."""
+
+import contextlib
+import hashlib
+import json
+import pickle
+import tempfile
+import urllib.request
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from base.errors import UserError
+from configurator import GPTConfig
+from corpus import bpe
+from engine import checkpoint, pretrained
+from engine.pretrained import config_from_hf, config_to_hf, export_hf, load_hf_dir, save_hf_dir, spelled, to_hf_state
+from model import GPT, GPT2_SIZES
+from tokenizer import GPT2_MERGES, GPT2_RANKS, BPETokenizer, CharTokenizer, GPT2Tokenizer
+
+transformers = pytest.importorskip("transformers", reason="transformers is the oracle of these tests")
+
+SHAPES = {  # the released sizes' head counts, with narrow heads and few layers so that they take milliseconds
+    size: dict(
+        n_layer=sizes["n_layer"] // 12, n_head=sizes["n_head"], n_embd=8 * sizes["n_head"], vocab_size=100, n_positions=16
+    )
+    for size, sizes in GPT2_SIZES.items()
+} | {"124M": dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50257, n_positions=1024)}
+
+
+def theirs(seed=0, **shape):
+    """A transformers GPT-2 with every parameter random: zero biases and unit gains would hide mistakes."""
+    torch.manual_seed(seed)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**SHAPES["gpt2"] | shape)).eval()
+    for p in model.parameters():
+        p.data.normal_(mean=1.0 if p.dim() == 1 else 0.0, std=0.1 if p.dim() == 1 else 0.05)
+    return model
+
+
+def ours(tiny, seed=0, **changes):
+    """A GPT of ours with every parameter random, padding rows included."""
+    torch.manual_seed(seed)
+    model = GPT(tiny(**changes)).eval()
+    for p in model.parameters():
+        p.data.normal_(mean=1.0 if p.dim() == 1 else 0.0, std=0.1)
+    return model
+
+
+def read_by_transformers(folder):
+    model, report = transformers.GPT2LMHeadModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report  # nothing missing, left over or of another shape
+    return model.eval()
+
+
+@torch.inference_mode()
+def assert_same_logits(a, b, V, T=8, atol=1e-4):
+    idx = torch.randint(V, (2, T), generator=torch.Generator().manual_seed(3))
+    left, right = (out if isinstance(out, torch.Tensor) else out.logits for out in (a(idx), b(idx)))
+    assert left.std() > 0.1  # there is something to compare
+    torch.testing.assert_close(left, right, rtol=0, atol=atol)
+
+
+@pytest.fixture
+def scratch():
+    """A folder that goes at once: pytest keeps its own, and 124M parameters are half a gigabyte."""
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+@pytest.mark.parametrize("size", SHAPES)
+def test_weights_travel_from_transformers_and_back(scratch, size):
+    """transformers -> folder -> ours: equal logits; ours -> state: the same bits."""
+    hf = theirs(**SHAPES[size])
+    hf.save_pretrained(scratch)
+    model = load_hf_dir(scratch).eval()
+    assert (model.cfg.n_head, model.cfg.block_size) == (SHAPES[size]["n_head"], SHAPES[size]["n_positions"])
+    assert_same_logits(model, hf, SHAPES[size]["vocab_size"])
+    back, original = to_hf_state(model), hf.state_dict()
+    assert original.keys() - back.keys() == {"lm_head.weight"}  # tied: stored once
+    assert all(torch.equal(back[name], original[name]) for name in back)
+
+
+@pytest.mark.parametrize("size", SHAPES)
+def test_transformers_reads_what_is_exported(scratch, size):
+    shape = SHAPES[size]
+    cfg = GPTConfig(block_size=shape["n_positions"], **{k: v for k, v in shape.items() if k != "n_positions"})
+    torch.manual_seed(1)
+    model = GPT(cfg).eval()
+    for p in model.parameters():
+        p.data.normal_(mean=1.0 if p.dim() == 1 else 0.0, std=0.1 if p.dim() == 1 else 0.05)
+    save_hf_dir(model, scratch)
+    assert_same_logits(read_by_transformers(scratch), model, cfg.vocab_size)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("multiple", [1, 64])
+@pytest.mark.parametrize("bias", [True, False])
+def test_every_variant_is_exported_as_the_same_function(tmp_path, tiny, tie, multiple, bias):
+    """Padding stays behind, absent biases become zeros; transformers and we ourselves read it back."""
+    model = ours(tiny, tie_weights=tie, vocab_multiple=multiple, bias=bias)
+    save_hf_dir(model, tmp_path)
+    again, hf = load_hf_dir(tmp_path).eval(), read_by_transformers(tmp_path)
+    assert hf.get_input_embeddings().weight.shape == again.transformer.wte.weight.shape == (65, 32)
+    assert again.cfg.tie_weights == tie == (hf.lm_head.weight is hf.transformer.wte.weight)
+    assert_same_logits(again, model, 65, T=32, atol=1e-6)
+    assert_same_logits(hf, model, 65, T=32)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_the_round_trip_is_bit_exact(tmp_path, tiny, tie):
+    model = ours(tiny, tie_weights=tie)
+    save_hf_dir(model, tmp_path)
+    again = load_hf_dir(tmp_path)
+    assert again.cfg == model.cfg
+    assert (again.lm_head.weight is again.transformer.wte.weight) == tie
+    before, after = model.state_dict(), again.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_config_survives_the_round_trip(tiny):
+    for cfg in (tiny(), tiny(tie_weights=False), GPTConfig(), *(GPTConfig(**s) for s in GPT2_SIZES.values())):
+        assert config_from_hf(json.loads(json.dumps(config_to_hf(cfg)))) == cfg
+
+
+def test_sharded_half_precision_and_old_files_are_read(tmp_path):
+    """Several files; fp16; and the released files' own form: no "transformer." prefix, masks stored, the head stored too."""
+    hf = theirs()
+    hf.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    hf.save_pretrained(tmp_path / "old")
+    state = {name.removeprefix("transformer."): t.clone() for name, t in hf.state_dict().items()}
+    state |= {"h.0.attn.bias": torch.ones(1, 1, 16, 16), "h.0.attn.masked_bias": torch.tensor(-1e4)}
+    safetensors.torch.save_file(state, tmp_path / "old" / "model.safetensors")
+    for folder in ("sharded", "old"):
+        assert_same_logits(load_hf_dir(tmp_path / folder).eval(), hf, 100)
+    hf.half().save_pretrained(tmp_path / "half")
+    assert_same_logits(load_hf_dir(tmp_path / "half").eval(), hf.float(), 100)
+
+
+def test_a_stored_head_that_differs_is_used_even_if_the_file_says_tied(tmp_path):
+    theirs(tie_word_embeddings=False).save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    assert values["tie_word_embeddings"] is False
+    model = load_hf_dir(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(values | {"tie_word_embeddings": True}))
+    again = load_hf_dir(tmp_path)
+    assert not torch.equal(again.lm_head.weight, again.transformer.wte.weight)
+    assert_same_logits(again, model, 100, atol=0)
+
+
+# ---- export
+
+PROSE = "The cat sat on the mat, and it's the cat's mat.  Žluť 🙂 日本\n\n\tIn 1492 \u2028 the <|user|> ran away. \n " * 5
+TOKENIZERS = {
+    "gpt2": GPT2Tokenizer(),
+    "bpe": bpe.train([PROSE], 320),
+    "bpe with special tokens": bpe.train([PROSE], 330, ("<|user|>", "<|end|>", "<|endoftext|>")),
+    "bytes": BPETokenizer([]),
+    "char": CharTokenizer.train(PROSE),
+    "two characters": CharTokenizer(["a", "\n"]),
+}
+
+
+@pytest.fixture(params=TOKENIZERS)
+def tokenizer(request):
+    if request.param == "gpt2":
+        request.getfixturevalue("gpt2_files")
+    return TOKENIZERS[request.param]
+
+
+def no_trace_of(folder):
+    return not folder.exists() and not list(folder.parent.glob(f".{folder.name}*"))
+
+
+@pytest.mark.parametrize("changes", [{}, dict(tie_weights=False, vocab_multiple=64, bias=False)], ids=str)
+def test_what_is_exported_works_in_transformers_as_it_is(tmp_path, tiny, tokenizer, changes):
+    """The Auto classes find everything out by themselves: logits, ids, text, the end of a document."""
+    model, said = ours(tiny, vocab_size=tokenizer.vocab_size, **changes), []
+    difference = export_hf(model, tokenizer, tmp_path / "new" / "out", said.append)
+    assert difference < 1e-4
+    assert f"{difference:.1e}" in said[0]
+    assert said[1].startswith("done: ")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "new" / "out").eval()
+    encoder = transformers.AutoTokenizer.from_pretrained(tmp_path / "new" / "out")
+    assert_same_logits(theirs, model, tokenizer.vocab_size)
+    assert len(encoder) == tokenizer.vocab_size
+    assert theirs.config.eos_token_id == encoder.eos_token_id == tokenizer.end_of_text
+    assert encoder.model_max_length == theirs.config.n_positions == 32
+    texts = ["a", "a\na", "\n", "aaa \n\n a", PROSE, PROSE[7:50], "cafés don't", "", " ", "\r\n\t", "\x00\x7f\xad\xa0"]
+    for text in texts:
+        if not isinstance(tokenizer, CharTokenizer) or set(text) <= set(tokenizer.characters):
+            if isinstance(tokenizer, BPETokenizer) and len(tokenizer.special_tokens) > 1:
+                text = text.replace("<|user|>", "")  # special in theirs, text in ours
+            ids = encoder.encode(text)
+            assert ids == tokenizer.encode(text)
+            assert encoder.decode(ids) == text
+            assert encoder(text)["input_ids"] == ids  # nothing is put before or behind
+
+
+@pytest.mark.parametrize("kind", ["bpe with special tokens", "gpt2"])
+def test_special_tokens_are_told_apart_in_theirs(tmp_path, tiny, gpt2_files, kind):
+    tokenizer = TOKENIZERS[kind]
+    export_hf(ours(tiny, vocab_size=tokenizer.vocab_size), tokenizer, tmp_path / "out", lambda _: None)
+    encoder = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    for token, i in getattr(tokenizer, "special_ids", {"<|endoftext|>": 50256}).items():
+        text, end = f"the{token} cat", tokenizer.encode(" cat")
+        assert encoder.encode(text) == [*tokenizer.encode("the"), i, *end]
+        if kind != "gpt2":
+            assert encoder.encode(text) == tokenizer.encode(text, special=True)
+        assert encoder.decode([i, *end], skip_special_tokens=True) == " cat"
+
+
+@pytest.mark.parametrize("kind", ["bpe", "gpt2"])
+def test_the_older_files_say_the_same(tmp_path, tiny, gpt2_files, kind):
+    tokenizer = TOKENIZERS[kind]
+    export_hf(ours(tiny, vocab_size=tokenizer.vocab_size), tokenizer, tmp_path / "out", lambda _: None)
+    (tmp_path / "out" / "tokenizer.json").unlink()
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").encode(PROSE) == tokenizer.encode(PROSE)
+
+
+def test_gpt2s_own_files_come_out_as_openai_released_them(gpt2_files):
+    files = pretrained.tokenizer_files(GPT2Tokenizer(), 1024)
+    assert hashlib.sha256(files["merges.txt"]).hexdigest() == GPT2_MERGES.sha256
+    assert json.loads(files["vocab.json"]) == json.loads(pretrained.gpt2_file(GPT2_RANKS))
+
+
+def test_bytes_are_spelled_as_gpt2_spells_them():
+    assert spelled(b" the\n") == "ĠtheĊ"
+    assert spelled(b"\x00\xad") == "ĀŃ"
+    assert len({spelled(bytes([byte])) for byte in range(256)}) == 256
+    assert spelled("ž".encode()) == "Å¾"
+
+
+def test_an_exported_gpt2_is_read_by_us_too(tmp_path, tiny, gpt2_files):
+    model = ours(tiny, vocab_size=50257)
+    export_hf(model, GPT2Tokenizer(), tmp_path / "out", lambda _: None)
+    again, tokenizer = checkpoint.load_model(str(tmp_path / "out"))
+    assert tokenizer.encode("the cat") == GPT2Tokenizer().encode("the cat")
+    assert_same_logits(again.eval(), model, 50257, atol=0)
+
+
+def test_a_character_that_is_not_known_is_refused_there_too(tmp_path, tiny):
+    tokenizer = TOKENIZERS["two characters"]
+    export_hf(ours(tiny, vocab_size=2), tokenizer, tmp_path / "out", lambda _: None)
+    with pytest.raises(Exception, match="UNK"):
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "out").encode("ab")
+
+
+def spoil_weights(monkeypatch):
+    def transposed(model):
+        state = to_hf_state(model)
+        return state | {"transformer.h.0.attn.c_proj.weight": state["transformer.h.0.attn.c_proj.weight"].t().contiguous()}
+
+    monkeypatch.setattr(pretrained, "to_hf_state", transposed)
+
+
+def spoil_slightly(monkeypatch):
+    def nudged(model):
+        state = to_hf_state(model)
+        return state | {"transformer.ln_f.weight": state["transformer.ln_f.weight"] * 1.001}
+
+    monkeypatch.setattr(pretrained, "to_hf_state", nudged)
+
+
+def spoil_shape(monkeypatch):
+    monkeypatch.setattr(pretrained, "config_to_hf", lambda cfg: config_to_hf(cfg) | {"n_embd": 64})
+
+
+def spoil_tokens(monkeypatch):
+    honest = pretrained.tokenizer_files
+    monkeypatch.setattr(pretrained, "tokenizer_files", lambda t, n: honest(CharTokenizer(t.characters[::-1]), n))
+
+
+def spoil_tokenizer(monkeypatch):
+    monkeypatch.setattr(pretrained, "tokenizer_files", lambda t, n: {"tokenizer.json": b"{}", "tokenizer_config.json": b"{}"})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (spoil_weights, "logits differ by"),
+        (spoil_slightly, "logits differ by"),
+        (spoil_shape, "does not read it"),
+        (spoil_tokens, "other tokens"),
+        (spoil_tokenizer, "does not read it"),
+    ],
+)
+def test_what_comes_back_as_something_else_is_refused_and_leaves_nothing(tmp_path, tiny, monkeypatch, spoil, message):
+    tokenizer, said = TOKENIZERS["char"], []
+    spoil(monkeypatch)
+    with pytest.raises(UserError, match=message) as refusal:
+        export_hf(ours(tiny, vocab_size=tokenizer.vocab_size), tokenizer, tmp_path / "out", said.append)
+    assert "\n" not in str(refusal.value)
+    assert said == []
+    assert no_trace_of(tmp_path / "out")
+
+
+def test_a_model_that_is_not_finite_is_refused(tmp_path, tiny):
+    model = ours(tiny, vocab_size=2)
+    model.transformer.wpe.weight.data[3, 3] = float("nan")
+    with pytest.raises(UserError, match="nan"):
+        export_hf(model, TOKENIZERS["two characters"], tmp_path / "out", lambda _: None)
+    assert no_trace_of(tmp_path / "out")
+
+
+def test_large_logits_may_differ_by_more(tmp_path, tiny):
+    """GPT-2's own reach -140, where float32 has steps of 1.5e-5."""
+    model = ours(tiny, vocab_size=2)
+    model.transformer.ln_f.weight.data *= 1e4
+    assert 1e-4 < export_hf(model, TOKENIZERS["two characters"], tmp_path / "out", lambda _: None) < 1
+
+
+def test_nothing_is_overwritten(tmp_path, tiny):
+    model, tokenizer = ours(tiny, vocab_size=2), TOKENIZERS["two characters"]
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("mine")
+    for name in ("file", "full"):
+        with pytest.raises(UserError, match="is there already"):
+            export_hf(model, tokenizer, tmp_path / name, lambda _: None)
+    with pytest.raises(UserError, match="cannot write"):
+        export_hf(model, tokenizer, tmp_path / "file" / "out", lambda _: None)
+    (tmp_path / "empty").mkdir()
+    export_hf(model, tokenizer, tmp_path / "empty", lambda _: None)
+    assert (tmp_path / "file").read_text() == (tmp_path / "full" / "mine").read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "file", "full"]
+
+
+def test_without_transformers_it_says_so(tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr(pretrained, "find_spec", lambda name: None)
+    said = []
+    assert export_hf(ours(tiny, vocab_size=2), TOKENIZERS["two characters"], tmp_path / "out", said.append) is None
+    assert "not installed" in said[0]
+    assert said[1].startswith("done")
+
+
+def test_a_special_token_that_is_spelled_like_another_is_refused(tmp_path, tiny):
+    """No training makes such merges; a stranger's tokenizer.json may."""
+    spelling, merges = b"<|endoftext|>", []
+    for k, byte in enumerate(spelling[1:]):
+        merges.append([spelling[0] if k == 0 else 255 + k, byte])
+    tokenizer = BPETokenizer(merges)
+    assert tokenizer.decode([255 + len(merges)]) == "<|endoftext|>"
+    with pytest.raises(UserError, match="spelled like"):
+        export_hf(ours(tiny, vocab_size=tokenizer.vocab_size), tokenizer, tmp_path / "out", lambda _: None)
+    assert no_trace_of(tmp_path / "out")
+
+
+# ---- refusals
+
+
+@pytest.fixture
+def folder(tmp_path, tiny):
+    """A good folder, to be spoilt."""
+    save_hf_dir(ours(tiny, n_layer=1), tmp_path)
+    return tmp_path
+
+
+def change_state(folder, change):
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    change(state)
+    safetensors.torch.save_file(state, folder / "model.safetensors")
+
+
+def change_config(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_pickled_weights_are_never_opened(folder):
+    class Bomb:
+        def __reduce__(self):
+            return open, (str(folder / "exploded"), "w")
+
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(UserError, match="pickle"):
+        load_hf_dir(folder)
+    (folder / "pytorch_model.bin").rename(folder / "model.safetensors")
+    with pytest.raises(UserError, match="not a readable safetensors file"):
+        load_hf_dir(folder)
+    assert not (folder / "exploded").exists()
+
+
+KEYS = [  # of a tied model with one layer, in the file
+    *(f"transformer.{name}" for name in ("wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias")),
+    *(
+        f"transformer.h.0.{part}.{kind}"
+        for part in ("ln_1", "attn.c_attn", "attn.c_proj", "mlp.c_fc")
+        for kind in ("weight", "bias")
+    ),
+]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_missing_key_is_named(folder, key):
+    change_state(folder, lambda state: state.pop(key))
+    with pytest.raises(UserError, match=f"{key} is missing"):
+        load_hf_dir(folder)
+
+
+@pytest.mark.parametrize("key", ["transformer.h.1.ln_1.weight", "score.weight", "lm_head.bias"])
+def test_an_extra_key_is_named(folder, key):
+    change_state(folder, lambda state: state.update({key: torch.zeros(3)}))
+    with pytest.raises(UserError, match=f"{key} does not belong"):
+        load_hf_dir(folder)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_wrong_shape_is_named(folder, key):
+    change_state(folder, lambda state: state.update({key: state[key][:-1].clone()}))
+    with pytest.raises(UserError, match=f"{key} has shape"):
+        load_hf_dir(folder)
+
+
+def test_a_matrix_that_is_not_transposed_is_named(folder):
+    """Weights of nn.Linear instead of Conv1D."""
+    key = "transformer.h.0.mlp.c_fc.weight"
+    change_state(folder, lambda state: state.update({key: state[key].t().contiguous()}))
+    with pytest.raises(UserError, match=key):
+        load_hf_dir(folder)
+
+
+def test_whole_numbers_are_no_weights(folder):
+    change_state(folder, lambda state: state.update({"transformer.wpe.weight": torch.zeros(32, 32, dtype=torch.int32)}))
+    with pytest.raises(UserError, match="int32"):
+        load_hf_dir(folder)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        dict(activation_function="gelu"),
+        dict(activation_function="relu"),
+        dict(model_type="llama"),
+        dict(layer_norm_epsilon=1e-6),
+        dict(scale_attn_by_inverse_layer_idx=True),
+        dict(n_inner=100),
+        dict(add_cross_attention=True),
+        dict(n_layer="many"),
+        dict(n_head=None),
+        dict(n_head=5),
+        dict(n_embd=0),
+    ],
+    ids=str,
+)
+def test_another_architecture_is_refused_by_name(folder, values):
+    change_config(folder, **values)
+    with pytest.raises(UserError, match=next(iter(values))):
+        load_hf_dir(folder)
+
+
+def test_the_usual_inner_width_may_be_written_out(folder):
+    change_config(folder, n_inner=4 * 32)
+    load_hf_dir(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[1, 2]", b"null", b"[" * 100_000], ids=lambda b: repr(b[:9]))
+def test_files_that_are_something_else_are_refused_by_name(folder, name, content):
+    (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=name):
+        load_hf_dir(folder)
+
+
+def test_a_truncated_file_is_refused(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="not a readable safetensors file"):
+        load_hf_dir(folder)
+
+
+json_value = (
+    st.none() | st.booleans() | st.integers(-3, 40) | st.floats() | st.text(max_size=3) | st.lists(st.integers(), max_size=2)
+)
+hf_names = [*pretrained.FIXED, "n_layer", "n_head", "n_embd", "vocab_size", "n_positions", "n_ctx", "tie_word_embeddings"]
+
+
+@given(st.dictionaries(st.sampled_from(hf_names), json_value, max_size=3), st.sets(st.sampled_from(hf_names), max_size=2))
+@example({"n_inner": 3}, {"n_embd"})
+@example({"n_inner": 3, "n_embd": None}, set())
+@example({"n_layer": float("inf")}, set())
+@example({"n_layer": float("nan")}, set())
+@example({"activation_function": ["gelu_new"]}, set())
+def test_any_config_is_read_or_refused(changes, missing):
+    values = config_to_hf(GPTConfig(n_layer=1, n_head=2, n_embd=8)) | changes
+    with contextlib.suppress(UserError):
+        config_from_hf({name: v for name, v in values.items() if name not in missing})
+
+
+# ---- the hub
+
+
+@pytest.mark.parametrize(("name", "repo"), [("gpt2-xl", "openai-community/gpt2-xl"), ("someone/model", "someone/model")])
+def test_hub_names_lead_to_folders_and_failures_to_one_line(monkeypatch, folder, name, repo):
+    def download(asked, allow_patterns, **how):
+        assert asked == repo
+        assert not any("bin" in pattern or pattern == "*" for pattern in allow_patterns)  # never a pickle
+        return str(folder)
+
+    def fail(*args, **how):
+        raise RuntimeError("no network\nand much more")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert pretrained.load_hub(name).cfg.n_layer == 1
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(UserError, match=f"the hub does not give {repo} .no network") as refusal:
+        pretrained.load_hub(name)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.fixture(scope="module")
+def hub():
+    """Skips, aloud, unless the hub answers within seconds."""
+    from huggingface_hub import constants
+
+    try:
+        urllib.request.urlopen(f"{constants.ENDPOINT}/openai-community/gpt2/resolve/main/config.json", timeout=5).close()
+    except OSError as e:
+        pytest.skip(f"the Hugging Face hub cannot be reached, so the REAL WEIGHTS ARE NOT TESTED here: {e}")
+
+
+@pytest.mark.network
+def test_real_weights_give_their_known_answers(hub):
+    """transformers' own tests' answers (FACTS.md): a greedy continuation, and the largest logits of a last token."""
+    from sample import generate
+
+    model = pretrained.load_hub("gpt2").eval()
+    tokens = [int(t) for t in generate(model, [464, 3290], 18, temperature=0)]
+    assert tokens == [373, 1043, 287, 257, 2214, 1474, 262, 16246, 286, 2688, 290, 2688, 27262, 13, 198, 198, 464, 3290]
+    with torch.inference_mode():
+        logits = model(torch.tensor([[6601, 32704, 795, 30132, 2985, 284]]))[0, -1]
+    top = logits.topk(3)
+    assert top.indices.tolist() == [38350, 2251, 766]
+    assert top.values.tolist() == pytest.approx([-135.9132, -136.6836, -137.1203], abs=1e-2)
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("size", GPT2_SIZES)
+def test_real_weights_of_every_size_agree_with_transformers(hub, size):
+    model = pretrained.load_hub(size).eval()
+    hf = transformers.GPT2LMHeadModel.from_pretrained(f"openai-community/{size}").eval()
+    assert_same_logits(model, hf, 50257, atol=1e-2)  # the logits are of size 100

@@ -1,0 +1,346 @@
+"""cluster.py: its formulas against rings that are really gone round, tensors that torch really saves, and dice."""
+
+import json
+import math
+import random
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from test_report import ladder
+
+import report
+from base.errors import UserError
+from configurator import GPTConfig
+from forecast import cluster
+from forecast.cluster import ENGINES, GPUS, NAMES, Assumptions, collective, ring, state_bytes, step
+from model import GPT
+from report import tables
+
+A = Assumptions()
+FLOPS = 4e14
+EVERY = [(size, engine) for size in NAMES for engine in ENGINES]
+
+
+# ---- communication ----------------------------------------------------------------------------------------------------
+
+
+def go_round(data: list[list[float]], rate: float, hop: float) -> float:
+    """A ring all-reduce, done: every rank's list becomes the sum of all. Each number is a byte. Returns the seconds."""
+    n, seconds = len(data), 0.0
+    size = len(data[0]) // n
+
+    def part(i: int) -> slice:
+        return slice(i % n * size, (i % n + 1) * size)
+
+    for k in range(n - 1):  # reduce-scatter: rank r sends part r - k, and its neighbour adds it
+        sent = [data[r][part(r - k)] for r in range(n)]
+        for r in range(n):
+            mine = data[(r + 1) % n]
+            mine[part(r - k)] = [x + y for x, y in zip(mine[part(r - k)], sent[r], strict=True)]
+        seconds += size / rate + hop
+    for k in range(n - 1):  # all-gather: what is complete goes round
+        sent = [data[r][part(r + 1 - k)] for r in range(n)]
+        for r in range(n):
+            data[(r + 1) % n][part(r + 1 - k)] = sent[r]
+        seconds += size / rate + hop
+    return seconds
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8])
+def test_ring_takes_what_going_round_takes(n):
+    data = [[random.Random(r).random() for _ in range(120 * n)] for r in range(n)]
+    total = [sum(column) for column in zip(*data, strict=True)]
+    seconds = go_round(data, rate=1e3, hop=0.5)
+    assert all(mine == pytest.approx(total) for mine in data)
+    assert sum(ring(n, 120 * n, 1e3, 0.5, passes=2)) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(("nodes", "local"), [(2, 2), (3, 4), (4, 2)])
+def test_collective_by_node_takes_what_its_rings_take(nodes, local):
+    """Inside each node, then each GPU's share between the nodes, one after the other. Inside, rings are counted as one."""
+    nbytes = 24 * nodes * local
+    data = [[[random.Random(9 * i + j).random() for _ in range(nbytes)] for j in range(local)] for i in range(nodes)]
+    total = [sum(column) for column in zip(*(gpu for node in data for gpu in node), strict=True)]
+    fast = 1e9 * A.nvlink_gb_s * A.nvlink_achieved, 1e-6 * A.nvlink_hop_us
+    slow = 1e9 * A.network_gb_s * A.network_achieved, 1e-6 * A.network_hop_us
+    for node in data:
+        seconds = go_round(node, *fast)  # all at the same time
+    share = nbytes // local
+    for j in range(local):
+        same = [data[i][j][j * share : (j + 1) * share] for i in range(nodes)]
+        between = go_round(same, *slow)
+        assert all(mine == pytest.approx(total[j * share : (j + 1) * share]) for mine in same)
+    plain = replace(A, gpus_per_node=local, pipelined=False, tree=False)
+    assert collective(plain, nodes * local, nbytes, 2) == pytest.approx(seconds + between)
+    assert collective(plain, nodes * local, nbytes, 1) == pytest.approx((seconds + between) / 2)
+
+
+@pytest.mark.parametrize("n", [2, 8, 64, 1024])
+def test_better_ways_are_never_slower(n):
+    for nbytes in (4, 1e6, 1e9):
+        plain = collective(replace(A, pipelined=False, tree=False), n, nbytes, 2)
+        assert collective(A, n, nbytes, 2) <= collective(replace(A, tree=False), n, nbytes, 2) <= plain
+        slowest = ring(n, nbytes, 1e9 * A.network_gb_s * A.network_achieved, 1e-6 * A.network_hop_us, 2)
+        assert plain <= sum(slowest)  # the textbook's one ring over the slowest link
+
+
+# ---- steps ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "engine"), EVERY)
+def test_one_gpu_tells_nobody(size, engine):
+    alone = step(A, size, engine, 1, FLOPS)
+    assert (alone.communication, alone.exposed) == (0, 0)
+    assert len(set(alone.seconds())) == 1
+    assert alone == step(A, size, "ddp", 1, FLOPS)
+
+
+@pytest.mark.parametrize(("size", "engine"), EVERY)
+@pytest.mark.parametrize("n", GPUS)
+def test_a_step_lies_between_its_bounds(size, engine, n):
+    s = step(A, size, engine, n, FLOPS)
+    expected, least, most = s.seconds()
+    assert least <= expected * (1 + 1e-12)
+    assert expected <= most * (1 + 1e-12)
+    assert 0 <= s.exposed <= s.communication * (1 + 1e-12)
+    assert s.tokens == s.micro_batch * s.accumulation * n * A.sequence_length
+
+
+def test_tokens_are_raised_only_where_a_gpu_would_get_no_equal_share():
+    assert [step(A, "gpt2", "ddp", n, FLOPS).tokens // A.tokens_per_step for n in GPUS] == [1, 1, 1, 2]
+    assert step(replace(A, tokens_per_step=3 * 1024), "gpt2", "ddp", 8, FLOPS).tokens == 8 * 3 * 1024
+    for size in NAMES:
+        table, *notes = cluster.steps_table(A, size, FLOPS, "from nowhere")
+        assert any("1,024 GPUs" in note and "ANOTHER TRAINING RUN" in note for note in notes)
+        assert "from nowhere" in notes[-1]
+        assert len(table.rows) == 10
+
+
+def test_public_figures_are_met_as_docs_say():
+    """124M on 8, 16 and 64 H100 and the all-reduce of 1,984 GPUs within 10%; the larger sizes within a quarter."""
+    off = [float(row[-1].rstrip("%")) for row in cluster.checks_table(A).rows]
+    assert all(abs(off[i]) < 10 for i in (0, 2, 3, 4, 5, 6))
+    assert all(abs(x) < 25 for x in (off[1], off[9]))
+
+
+# ---- memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", NAMES)
+def test_parameters_are_those_of_the_model(size):
+    with torch.device("meta"):
+        model = GPT(cluster.shape(size))
+    assert sum(cluster.parameters(model.cfg)) == sum(p.numel() for p in model.parameters())
+    assert cluster.parameters(model.cfg)[0] == sum(p.numel() for p in model.transformer.h.parameters())
+
+
+@pytest.mark.parametrize("size", NAMES)
+def test_state_falls_with_gpus_from_that_of_ddp(size):
+    cfg = cluster.shape(size)
+    P, whole = sum(cluster.parameters(cfg)), state_bytes(cfg, "ddp", 1)
+    for engine in ENGINES:
+        sizes = [state_bytes(cfg, engine, n) for n in range(1, 1025)]
+        assert sizes[0] == whole
+        assert sizes == sorted(sizes, reverse=True)
+        steps = [step(A, size, engine, n, FLOPS).memory for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)]
+        assert steps == sorted(steps, reverse=True)
+    casts = whole - 16 * P
+    assert state_bytes(cfg, "zero1", 2) - casts == pytest.approx((8 + 8 / 2) * P)  # 8 + 8/N while shares are above wte
+    assert state_bytes(cfg, "fsdp", 1024) < state_bytes(cfg, "zero1", 1024) < whole
+
+
+def kept_for_backward(cfg: GPTConfig, B: int, T: int) -> int:
+    """Bytes of the storages that torch saves in a forward pass under bf16 autocast, each once, parameters left out."""
+    model, x = GPT(cfg), torch.randint(0, cfg.vocab_size, (B, T))
+    own, found, alive = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}, []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)  # or its address would be given away again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+        model(x, x.clone())
+    return sum(found.values())
+
+
+SHAPES = [dict(n_layer=2, n_head=4, n_embd=256), dict(n_layer=5, n_head=2, n_embd=128), dict(n_layer=1, n_head=8, n_embd=512)]
+
+
+@pytest.mark.parametrize("sizes", SHAPES)
+def test_activations_are_what_torch_saves(sizes):
+    """To 0.2%, and that is indices: int64 ids, targets and positions. Logits: log-softmax, 4 bytes each."""
+    T, V = 128, 1000
+    cfg = GPTConfig(block_size=T, vocab_size=V, vocab_multiple=128, **sizes)
+    kept = {B: kept_for_backward(cfg, B, T) for B in (2, 6)}
+    sequence = (kept[6] - kept[2]) / 4
+    formula = cluster.activation_bytes(cfg, T) + 4 * V * T
+    assert formula <= sequence <= formula + 2 * 8 * T
+    assert sequence == pytest.approx(formula, rel=2e-3)
+    casts = 2 * (12 * cfg.n_layer * cfg.n_embd**2 + cfg.padded_vocab_size * cfg.n_embd)
+    assert kept[2] - 2 * sequence == pytest.approx(casts, abs=8 * T + 8)  # what does not grow with B
+
+
+def most_at_once(cfg: GPTConfig, B: int, T: int, trace) -> int:
+    """The highest sum of allocations in forward and backward."""
+    model, x = GPT(cfg), torch.randint(0, cfg.vocab_size, (B, T))
+
+    def work() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(x, x.clone())
+        loss.backward()
+
+    work()
+    model.zero_grad(set_to_none=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    profile.export_chrome_trace(str(trace))
+    events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda e: e["ts"]):
+        now += event["args"]["Bytes"]
+        most = max(most, now)
+    return most
+
+
+def test_logits_take_twelve_bytes_at_their_worst(tmp_path):
+    T = 128
+    cfg = GPTConfig(n_layer=2, n_head=4, n_embd=128, block_size=T, vocab_size=10_000, vocab_multiple=128)
+    sequence = (most_at_once(cfg, 8, T, tmp_path / "8") - most_at_once(cfg, 4, T, tmp_path / "4")) / 4
+    assert sequence == pytest.approx(cluster.activation_bytes(cfg, T) + A.logits_bytes * T * cfg.vocab_size, rel=0.01)
+
+
+# ---- failures ---------------------------------------------------------------------------------------------------------
+
+
+def lost(interval: float, save: float, mtbf: float, restart: float, hours: float = 3000.0) -> float:
+    """The share of the time lost in a run with failures thrown as dice."""
+    dice, now, done, kept = random.Random(1), 0.0, 0.0, 0.0
+    failure = dice.expovariate(1 / mtbf)
+    while now < 3600 * hours:
+        if now + interval + save < failure:
+            now, done = now + interval + save, done + interval
+            kept = done
+        else:
+            now, done = failure + restart, kept
+            failure = now + dice.expovariate(1 / mtbf)
+    return 1 - done / now
+
+
+@pytest.mark.parametrize("mtbf", [20_000.0, 180_000.0])
+def test_failures_cost_what_dice_say(mtbf):
+    interval, *shares = cluster.failures(30.0, mtbf, 100.0)
+    assert interval == math.sqrt(2 * 30 * mtbf)
+    assert lost(interval, 30.0, mtbf, 100.0) == pytest.approx(sum(shares), rel=0.1)
+    assert all(lost(interval * f, 30.0, mtbf, 100.0) > lost(interval, 30.0, mtbf, 100.0) for f in (0.25, 4))
+
+
+# ---- one GPU's rate ---------------------------------------------------------------------------------------------------
+
+
+def write_ladder(root, device: str) -> dict:
+    result = ladder()
+    result["machine"] |= dict(device=device, hardware=f"A {device}")
+    for entry in result["rungs"]:
+        if "effective" in entry:
+            entry["effective"] = dict(device=device, processes=1)
+    path = root / "results" / device / "ladder.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(result), encoding="utf-8")
+    return result
+
+
+def test_rate_is_public_until_a_gpu_was_measured(tmp_path):
+    public, source = cluster.one_gpu(A, tmp_path)
+    assert public == 498e3 * cluster.shape("gpt2").flops_per_token(1024)
+    assert "not measured here" in source
+    write_ladder(tmp_path, "cpu")
+    assert cluster.one_gpu(A, tmp_path) == (public, source)
+    found = cluster.blocks(A, tmp_path)
+    assert all("not measured here" in found[size][-1] for size in NAMES)
+
+    result = write_ladder(tmp_path, "cuda")
+    flops, source = cluster.one_gpu(A, tmp_path)
+    last = result["rungs"][2]
+    assert flops == pytest.approx(tables.tokens_per_s(result, last) * tables.flops_per_token(last["requested"]))
+    assert source.startswith("measured: r03_compile")
+    assert "A cuda" in source
+    assert cluster.one_gpu(replace(A, tokens_per_s=1000), tmp_path)[1].startswith("from --tokens_per_s=1,000, not measured")
+
+
+# ---- the document -----------------------------------------------------------------------------------------------------
+
+
+def test_document_is_what_the_program_computes(root):
+    cluster.main(["--check"])
+    text = (root / "docs" / "scale.md").read_text(encoding="utf-8")
+    assert report.generated(text, "scale.md", root) == (text, [])  # report.py's blocks are others
+
+
+@pytest.fixture
+def copy(tmp_path, root):
+    """A folder with the document and no results; the document is in step with that."""
+    (tmp_path / "docs").mkdir()
+    path = tmp_path / "docs" / "scale.md"
+    path.write_text((root / "docs" / "scale.md").read_text(encoding="utf-8"), encoding="utf-8")
+    cluster.main([], tmp_path)
+    return path
+
+
+@pytest.mark.parametrize("name", [*NAMES, "memory", "checks", "failures", "assumptions"])
+def test_a_changed_number_is_stale(copy, capsys, name):
+    text = copy.read_text(encoding="utf-8")
+    cluster.main(["--check"], copy.parent.parent)
+    begin = text.index(f"<!-- cluster.py {name} -->")
+    where = text.index("| ---", begin)
+    digit = next(i for i in range(where, len(text)) if text[i].isdigit())
+    copy.write_text(text[:digit] + str((int(text[digit]) + 1) % 10) + text[digit + 1 :], encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        cluster.main(["--check"], copy.parent.parent)
+    assert stop.value.code == 1
+    assert "type python cluster.py" in capsys.readouterr().err
+    cluster.main([], copy.parent.parent)
+    assert copy.read_text(encoding="utf-8") == text
+
+
+def test_a_lost_block_is_an_error(copy):
+    text = copy.read_text(encoding="utf-8")
+    for wrong in (text.replace("<!-- cluster.py memory -->", ""), text + text, text.replace("<!-- end -->", "", 1)):
+        copy.write_text(wrong, encoding="utf-8")
+        with pytest.raises(UserError, match="once"):
+            cluster.main(["--check"], copy.parent.parent)
+
+
+def test_every_assumption_is_listed(copy):
+    text = copy.read_text(encoding="utf-8")
+    names = [f.name for f in fields(Assumptions) if f.name != "check"]
+    assert len(names) > 20
+    assert all(f"\n| --{name} | " in text for name in names)
+
+
+def test_other_assumptions_go_to_the_terminal(copy, capsys):
+    text = copy.read_text(encoding="utf-8")
+    cluster.main(["--network_gb_s=25", "--tokens_per_s=1000"], copy.parent.parent)
+    said = capsys.readouterr().out
+    assert "from --tokens_per_s=1,000, not measured here" in said
+    assert copy.read_text(encoding="utf-8") == text
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--network_gb_s=0", "must be above 0"),
+        ("--tokens_per_s=-1", "must be at least 0"),
+        ("--gpus_per_node=6", "power of two"),
+        ("--tokens_per_step=1000", "type --tokens_per_step=1024"),
+        ("--nvlink=3", "did you mean nvlink_gb_s"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(run_script, flag, said):
+    done = run_script("cluster.py", flag)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,120 @@
+"""curve.py: a run like those that were recorded is on track, another one is not, and is told why."""
+
+import json
+import statistics
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from base.errors import UserError
+from configurator import Config
+from forecast import curve
+
+POINT = {"step": 10, "loss": 3.0, "band": 0.1}
+
+
+@pytest.fixture
+def cfg(tiny_run, tmp_path) -> Config:
+    return Config(**tiny_run | dict(max_steps=60, curve=str(tmp_path / "a.curve.json")))
+
+
+@pytest.fixture
+def written(cfg):
+    """written(train=…, …) -> the curve's file, for the settings of cfg unless others are given."""
+
+    def write(**changes) -> Path:
+        path = Path(cfg.curve)
+        known = dict(source="a test", seeds=[1], window=2, data_sha256="d", config=vars(cfg), train=[POINT], val=[])
+        path.write_text(json.dumps(known | changes), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(("loss", "said"), [(3.09, "on track"), (3.11, "ABOVE"), (2.89, "BELOW"), (2.91, "on track")])
+def test_the_mean_over_the_window_is_compared(cfg, written, loss, said):
+    """The step at the point and the one before it, at equal distances from `loss`."""
+    written()
+    track = curve.Tracker(cfg, "d")
+    assert track.step(8, 100.0) == ""
+    assert track.step(9, loss - 1) == ""
+    assert said in track.step(10, loss + 1)
+    assert f"expected 3.000 ± 0.100) {track.verdict.partition(') ')[2]}" in track.verdict
+    assert track.step(11, 50.0) == track.verdict  # until the next point
+
+
+def test_a_bound_is_only_crossed_upwards(cfg, written):
+    """GPT-2's public figures are what a good run reaches or beats."""
+    written(val=[POINT | {"at_most": True}])
+    track = curve.Tracker(cfg, "d")
+    assert "on track" in track.validated(10, 1.0)
+    assert "ABOVE" in track.validated(10, 3.2)
+
+
+def test_causes_come_after_three_checks_once_and_in_order(cfg, written):
+    written(train=[POINT | {"step": s} for s in range(1, 20)], window=1)
+    other = replace(cfg, learning_rate=0.5, grad_clip=3.0, dropout=0.2)
+    track = curve.Tracker(other, "another")
+    found = []
+    for step, loss in enumerate([3.0, 9.0, 9.0, 9.0, 9.0, 3.0, 9.0, 9.0, 9.0], 1):
+        track.step(step, loss)
+        found.append(track.causes())
+    assert [f is not None for f in found] == [False, False, False, True, False, False, False, False, True]
+    places = [found[3].index(word) for word in ("learning_rate=0.5", "grad_clip=3.0", "dropout=0.2", "data (its sha256")]
+    assert places == sorted(places)
+    same = curve.Tracker(cfg, "d")
+    for step in (1, 2, 3):
+        same.step(step, 9.0)
+    said = same.causes()
+    places = [said.index(word) for word in ("learning rate", "batch", "precision", "data")]
+    assert "own settings" in said
+    assert places == sorted(places)
+
+
+def test_another_model_is_not_compared(cfg, written):
+    written()
+    assert curve.Tracker(replace(cfg, n_layer=1), "d").unlike() == ["n_layer=2"]
+    assert curve.Tracker(replace(cfg, learning_rate=1.0), "d").unlike() == []
+
+
+def test_points_are_means_with_a_band_for_one_more_seed():
+    found = curve.points({s: [1.0, 2.0, 3.0] for s in (5, 10, 15)})
+    assert [p["step"] for p in found] == [5, 10, 15]
+    assert found[0]["loss"] == 2.0
+    assert found[0]["band"] == pytest.approx(3 * statistics.stdev([1, 2, 3]) * (4 / 3) ** 0.5, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"train": 3}', '{"train": [{"step": 1.5, "loss": 1, "band": 1}], "val": []}', "[" * 10**5]
+)
+def test_a_file_that_is_no_curve_is_refused_in_one_line(tmp_path, content):
+    path = tmp_path / "x.curve.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=r"x\.curve\.json is no loss curve") as e:
+        curve.read(path)
+    assert "\n" not in str(e.value)
+
+
+def test_a_recorded_curve_knows_its_own_kind(cfg, root, tmp_path, tiny_run):
+    """Three runs are recorded; a fourth seed is on track, a tenth of the learning rate is not and hears why."""
+    file = tmp_path / "mine.py"
+    settings = tiny_run | dict(max_steps=80, eval_interval=40)
+    file.write_text(f"from configurator import Config\nconfig = Config(**{settings!r})\n", encoding="utf-8")
+
+    def run(*flags: str) -> str:
+        command = [sys.executable, "train.py", str(file), *flags, f"--out_dir={tmp_path / 'out'}"]
+        done = subprocess.run(command, cwd=root, capture_output=True, encoding="utf-8", check=True)
+        return done.stdout
+
+    assert "wrote" in run("--record_curve")
+    fourth = run("--seed=99")
+    assert fourth.count("on track") > 3
+    assert "off track" not in fourth
+    slow = run("--seed=98", "--learning_rate=1e-3", "--min_lr=1e-4")
+    assert "ABOVE the curve" in slow
+    assert slow.count("off track 3 checks running; unlike the curve") == 1
+    assert "learning rate (learning_rate=0.001, there 0.01" in slow
+    assert "recorded with n_embd=32" in run("--n_embd=16")

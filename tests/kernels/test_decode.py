@@ -1,0 +1,180 @@
+"""kernels/decode.c against the model written out in float64, on the same weights; and when it is not used."""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from configurator import GPTConfig
+from engine import machine
+from kernels import decode
+from model import GPT, KVCache
+from sample import DecodeState, generate
+from variants import quantize
+
+SHAPES = {
+    "heads of 32": dict(n_layer=2, n_head=4, n_embd=128),
+    "heads of 64, width of 5 x 64": dict(n_layer=3, n_head=5, n_embd=320),
+    "one head of 192, no biases, untied": dict(n_layer=1, n_head=1, n_embd=192, bias=False, tie_weights=False),
+    "padded vocabulary": dict(n_layer=2, n_head=2, n_embd=64, vocab_multiple=64),
+}
+COMMON = dict(block_size=48, vocab_size=301, init="pytorch")
+
+needs_kernel = pytest.mark.skipif(isinstance(decode.build(), str), reason=f"no kernel here: {decode.build()}")
+
+
+def build(seed: int = 0, **changes) -> GPT:
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**COMMON | changes)).eval()
+    with torch.no_grad():  # norms and biases that do something
+        for p in model.parameters():
+            if p.dim() == 1:
+                p.add_(0.1 * torch.randn_like(p))
+    return model.bfloat16()
+
+
+def in_float64(model: GPT) -> GPT:
+    """A plain GPT of the same weights, integers multiplied out."""
+    made = GPT(model.cfg).double().eval()
+    state = model.state_dict()
+    for name in [n for n in state if n.endswith(".integers")]:
+        where = name.removesuffix(".integers")
+        state[f"{where}.weight"] = state.pop(name).double() * state.pop(f"{where}.scales").double()[:, None]
+        del state[f"{where}.row_sums"]
+    if isinstance(model.lm_head, quantize.Int8Linear):  # no longer the embedding's
+        made.lm_head.weight = torch.nn.Parameter(torch.empty_like(made.lm_head.weight))
+    made.load_state_dict({name: t.double() for name, t in state.items()})
+    return made
+
+
+@torch.no_grad()
+def one_by_one(model, idx: Tensor, known: int, keep: KVCache | None = None) -> Tensor:
+    """Logits after each token from `known` on, read one at a time behind a cache."""
+    cache = keep or KVCache(model.cfg, 1, idx.device, model.transformer.wte.weight.dtype)
+    model(idx[:, :known], cache=cache)
+    return torch.stack(
+        [model(idx[:, t : t + 1], cache=cache, last_only=True)[0, 0] for t in range(known, idx.size(1))]
+    ).double()
+
+
+def away(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@needs_kernel
+@pytest.mark.parametrize("form", ["bfloat16", "int8"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_and_cache_are_the_models(shape, form):
+    """As near to float64 as PyTorch's own bfloat16 is, or nearer: the kernel keeps what lies between the layers in float32."""
+    model = build(**SHAPES[shape])
+    if form == "int8":
+        model = quantize.convert(model, "int8")
+    fast = decode.wrap(model)
+    assert isinstance(fast, decode.Decoder)
+    idx = torch.randint(301, (1, 48), generator=torch.Generator().manual_seed(1))
+    exact, caches = in_float64(model), {m: KVCache(model.cfg, 1, idx.device, torch.bfloat16) for m in (model, fast)}
+    with torch.no_grad():
+        expected = exact(idx)[0, 5:]
+    assert expected.shape[1] == 301  # no padding
+    plain, found = (one_by_one(m, idx, 5, keep=cache) for m, cache in caches.items())
+    assert away(found, expected) < 0.015
+    assert away(found, expected) < 1.05 * away(plain, expected)
+    for name in ("k", "v"):
+        theirs, ours = (getattr(cache, name).double() for cache in caches.values())
+        assert away(ours, theirs) < 0.03
+    assert caches[fast].length == 48
+
+
+@needs_kernel
+def test_a_window_that_moves_and_two_caches_in_turn():
+    """DecodeState block_size, with one cache and then another: each token is the likeliest of the same window in float64, or ties."""
+    model = build(**SHAPES["heads of 32"])
+    fast, exact = decode.wrap(model), in_float64(model)
+    for prompt in ([3], list(range(60))):
+        past = DecodeState(exact, prompt)
+        for token in generate(fast, prompt, 100, temperature=0):
+            with torch.no_grad():
+                logits = past.logits()[0, -1]
+            assert logits[token] > logits.max() - 0.03 * logits.std()
+            past.add(token[None])
+
+
+@needs_kernel
+def test_several_sequences_and_several_tokens_take_the_ordinary_way():
+    model = build(**SHAPES["heads of 32"])
+    fast = decode.wrap(model)
+    idx = torch.randint(301, (3, 4))
+    with torch.no_grad():
+        assert torch.equal(fast(idx), model(idx))
+    samples = [torch.stack(list(generate(m, [1], 5, num_samples=3, seed=1))) for m in (model, fast)]
+    assert torch.equal(*samples)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: build(n_layer=1).float(), "not float32"),
+        (lambda: quantize.convert(build(n_layer=1), "int4"), "Int4Linear"),
+        (lambda: build(n_layer=1, n_head=2, n_embd=96), "96 and 48"),
+        (lambda: build(n_layer=1, n_head=1, n_embd=320), "320 and 320"),
+    ],
+)
+def test_what_it_cannot_decode_it_leaves_alone(make, reason):
+    model = make()
+    assert reason in decode.why_not(model)
+    assert decode.wrap(model) is model
+
+
+def test_without_a_compiler_there_is_a_reason(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(decode.shutil, "which", lambda name: None)
+    reason = decode.build.__wrapped__()
+    assert isinstance(reason, str)
+    if not isinstance(decode.build(), str):
+        assert "no C compiler" in reason
+
+
+@needs_kernel
+def test_a_compiler_that_fails_is_named_and_leaves_nothing(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(decode, "COMPILE", [*decode.COMPILE, "-mno-such-thing"])
+    assert "cannot build decode.c: " in decode.build.__wrapped__()
+    assert not list((tmp_path / "nanoladder").iterdir())
+
+
+@needs_kernel
+def test_loading_it_leaves_denormal_numbers_alone():
+    """Libraries linked with -ffast-math turn them into zeros in the whole process."""
+    one_by_one(decode.wrap(build(n_layer=1, n_head=1, n_embd=64)), torch.zeros(1, 3, dtype=torch.int64), 1)
+    least = 2.0**-1074
+    assert least * 1.0 > 0
+    assert least + least == 2 * least
+    assert (torch.tensor(1e-40) * 1.0).item() > 0
+
+
+def test_compiled_code_lies_where_others_cannot_look(monkeypatch, tmp_path):
+    """Also when torch.compile comes first, and where a folder cannot be made nothing is lost."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is put back as it was
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    machine.keep_compiled_code()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "new" / "nanoladder" / "compiled")
+    assert (tmp_path / "new" / "nanoladder").stat().st_mode & 0o077 == 0
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    machine.keep_compiled_code()
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    assert isinstance(decode.build.__wrapped__(), str)
+
+
+@needs_kernel
+def test_it_is_built_once_for_this_user_alone(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    decode.build.__wrapped__()
+    (library,) = (tmp_path / "nanoladder").iterdir()
+    assert (tmp_path / "nanoladder").stat().st_mode & 0o077 == 0
+    before = library.stat().st_mtime_ns
+    decode.build.__wrapped__()
+    assert library.stat().st_mtime_ns == before

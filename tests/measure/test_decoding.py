@@ -1,0 +1,79 @@
+"""decoding.py: what is measured, on real models, and what its table says of it."""
+
+import json
+
+import pytest
+import torch
+
+import bench
+import report
+import train
+from bench import BenchConfig
+from configurator import Config
+from engine import checkpoint
+from kernels import decode
+from measure import decoding
+from model import GPT
+from report import tables
+from variants import quantize
+
+CPU = torch.device("cpu")
+KERNEL = not isinstance(decode.build(), str)
+
+
+def test_the_command_measures_every_form(tmp_path, monkeypatch, capsys, root):
+    monkeypatch.chdir(root)
+    bench.main(["decode", "--device=cpu", "--n_layer=1", "--quick", f"--out={tmp_path}"])
+    (path,) = tmp_path.glob("*/decode.trial.json")
+    found = json.loads(path.read_text())
+    expected = {f"{form}, PyTorch" for form in ("float32", "bfloat16", "int8", "int4")} | {"bfloat16, transformers"}
+    expected |= {"bfloat16, kernels/decode.c", "int8, kernels/decode.c"} if KERNEL else set()
+    assert {way["name"] for way in found["ways"]} == expected
+    C, V = 768, 50304
+    read = {way["form"]: way["bytes_per_token"] for way in found["ways"]}
+    assert read["float32"] == 2 * read["bfloat16"]
+    assert read["bfloat16"] == pytest.approx(2 * (12 * C * C + V * C), rel=0.01)  # and some vectors
+    assert read["int8"] == pytest.approx(read["bfloat16"] / 2, rel=0.02)
+    assert read["int4"] == pytest.approx(read["bfloat16"] / 4 * 1.25, rel=0.02)  # 4 bits of scale and middle for 32 of 4 bits
+    assert all(0.1 < v < 1e5 for way in found["ways"] for v in way["tokens_per_s"])
+    assert found["validation"] == {}
+    assert report.as_text(found) in capsys.readouterr().out
+
+
+def test_a_run_is_validated_in_every_form(tiny_run, tmp_path, own_signals):
+    train.train(Config(**tiny_run | dict(out_dir=str(tmp_path / "run"), n_embd=64, max_steps=30)))
+    sizes = BenchConfig(data_dir=tiny_run["data_dir"], rounds=1, device="cpu")
+    found = decoding.measure(str(tmp_path / "run"), sizes, CPU)
+    losses = {form: v["loss"] for form, v in found["validation"].items()}
+    assert set(losses) == {"float32", "bfloat16", *quantize.FORMS}
+    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert losses["float32"] == pytest.approx([r["val_loss"] for r in records if "val_loss" in r][-1], abs=1e-5)
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], abs=0.02)
+    assert losses["int8"] == pytest.approx(losses["bfloat16"], abs=0.02)
+    assert losses["int4"] != losses["int8"]
+    assert checkpoint.read_config(checkpoint.newest(tmp_path / "run")).block_size == 32
+    assert found["prompt_tokens"] + found["new_tokens"] <= 32  # the window does not move
+
+
+def test_shares_of_the_floor_are_of_the_copy_of_their_own_round():
+    way = {"name": "x", "form": "int8", "batch": 4, "bytes_per_token": 1e9, "tokens_per_s": [40.0, 20.0, 80.0]}
+    way["copy_bytes_per_s"] = [2e10, 1e10, 2e10]
+    where = {"hardware": "h", "torch": "t", "commit": "c", "dirty": False}
+    made = {
+        "kind": "decode",
+        "date": "2026-11-20T00:00:00",
+        "machine": where,
+        "model": "m",
+        "new_tokens": 8,
+        "prompt_tokens": 4,
+    }
+    table = tables.decode_table(made | {"ways": [way], "validation": {}})[0]
+    assert table.rows == [["x", "4", "40.0 [20.0, 80.0]", "1,000", "50% [50%, 100%]"]]
+
+
+def test_the_first_token_is_not_counted(monkeypatch):
+    """It reads the prompt, however long that takes."""
+    clock = iter([0.0, 10.0, 10.0, 11.0, 11.0, 12.0, 12.0])  # began, first, began, second, …
+    monkeypatch.setattr(decoding.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(decoding, "generate", lambda *args, **how: iter(torch.zeros(3, 2)))
+    assert decoding.tokens_per_s(GPT, [0], 2, 3) == pytest.approx(2.0)

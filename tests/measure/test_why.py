@@ -1,0 +1,314 @@
+"""why.py: the parts make up the step, the floors are counted right, and what is slow on purpose is found."""
+
+import json
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+import optim
+import train
+from base.errors import UserError
+from configurator import Config
+from engine import machine
+from engine.run import Run, build
+from measure import why
+from model import GPT
+from report import tables
+
+CEILINGS = {"gemm_float32_flops": 1e11, "gemm_bfloat16_flops": 4e11, "copy_bytes_per_s": 1e10}
+PLAIN = dict(attention="naive", fused_adamw=False, prefetch=False)  # with the tiny run's: everything off, as on rung 0
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_run, tmp_path_factory) -> dict:
+    """What why() says of the plain configuration in miniature."""
+    return why.why(Config(**tiny_run | PLAIN), CEILINGS, tmp_path_factory.mktemp("why") / "trace.json")
+
+
+def ms(result: dict) -> dict[str, float]:
+    return {s["part"]: s["ms"] for s in result["shares"]}
+
+
+# ---- the parts ----------------------------------------------------------------------------------------------------------
+
+
+def test_parts_make_up_the_step(plain):
+    assert [s["part"] for s in plain["shares"]] == list(why.PARTS)
+    assert sum(ms(plain).values()) == pytest.approx(plain["step_ms"], rel=1e-6)
+    assert sum(s["share"] for s in plain["shares"]) == pytest.approx(1)
+    assert min(ms(plain).values()) >= 0
+    assert ms(plain)["other"] == 0
+    for part in ("GEMM", "attention", "cross-entropy", "norms and elementwise", "optimizer", "data wait", "launch gaps"):
+        assert ms(plain)[part] > 0, part
+
+
+def test_result_is_json_and_a_table(plain):
+    assert json.loads(json.dumps(plain)) == plain
+    recorded = {"kind": "why", "date": "2026-11-20", "machine": {"hardware": "a CPU", "torch": "2", "commit": None}}
+    table, *_ = tables.blocks(plain | recorded)
+    assert [row[0] for row in table.rows] == [*why.PARTS, "step"]
+    assert len(plain["top_events"]) == 15
+
+
+def test_trace_is_a_chrome_trace_of_the_step(plain):
+    trace = json.loads(open(plain["trace"], encoding="utf-8").read())["traceEvents"]
+    steps = [e for e in trace if e.get("name") == why.STEP]
+    assert len(steps) == 1
+    assert steps[0]["dur"] / 1e3 == pytest.approx(plain["profiled_ms"], rel=1e-3)
+    assert sum(e.get("name") == "aten::addmm" for e in trace) == 2 * 2 * 4  # micro-batches, layers, linears with a bias
+
+
+def test_profiled_events_cover_the_wall_time(tiny_run, tmp_path, monkeypatch):
+    """Against the clock, not against the profiler's own total."""
+    walls, step = [], train.train_step
+
+    def timed(*args):
+        began = time.perf_counter()
+        step(*args)
+        walls.append(1e3 * (time.perf_counter() - began))
+
+    monkeypatch.setattr(train, "train_step", timed)
+    result = why.why(Config(**tiny_run | PLAIN), CEILINGS, tmp_path / "trace.json", warmup=1, timed=1)
+    assert result["profiled_ms"] == pytest.approx(walls[-1], rel=0.05)
+
+
+@pytest.mark.parametrize("where", ["data wait", "optimizer"])
+def test_sleep_is_found_where_it_is(where, tiny_run, tmp_path, monkeypatch):
+    owner, name = {"data wait": (Run, "read"), "optimizer": (optim, "gradient_norm")}[where]
+    function = getattr(owner, name)
+
+    def slow(*args):
+        time.sleep(0.05)
+        return function(*args)
+
+    monkeypatch.setattr(owner, name, slow)
+    result = why.why(Config(**tiny_run | PLAIN), CEILINGS, tmp_path / "trace.json", warmup=1, timed=1)
+    assert max(ms(result), key=ms(result).get) == where
+    if where == "data wait":
+        assert result["advice"][0]["setting"] == "prefetch=True"
+        assert 40 < result["advice"][0]["saves_ms"] <= result["step_ms"]
+    assert getattr(owner, name) is slow  # what named_scopes() replaces, it puts back
+
+
+def test_compiled_kernels_appear_by_name(tiny_run, tmp_path):
+    if reason := machine.why_no_compile(torch.device("cpu")):
+        pytest.skip(reason)
+    torch._dynamo.reset()
+    result = why.why(Config(**tiny_run | dict(compile=True, n_layer=1)), CEILINGS, tmp_path / "trace.json", 2, 1)
+    assert sum(ms(result).values()) == pytest.approx(result["step_ms"], rel=1e-6)
+    assert ms(result)["other"] == 0
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    named = {why.by_name(e["name"]) for e in events if "cpp_fused" in e["name"]}
+    assert "norms and elementwise" in named
+    assert ms(result)["cross-entropy"] > 0  # nothing but a compiled kernel's name tells
+    assert not any(a["setting"].startswith("compile") for a in result["advice"])
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("aten::mm", "GEMM"),
+        ("aten::addmm", "GEMM"),
+        ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_TNT", "GEMM"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1_execute", "GEMM"),
+        ("ampere_sgemm_128x64_nn", "GEMM"),
+        ("void cutlass::Kernel2<cutlass_80_tensorop_s1688gemm_256x128_16x3_nt_align4>(Params)", "GEMM"),
+        ("triton_tem_fused_addmm_3", "GEMM"),
+        ("aten::bmm", "attention"),
+        ("aten::_softmax", "attention"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention"),
+        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 128, 4>>(Flash_fwd_params)", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7", "attention"),
+        ("fmha_cutlassF_bf16_aligned_64x64_rf_sm80", "attention"),
+        ("triton_per_fused__softmax_div_masked_fill_2", "attention"),
+        ("aten::_log_softmax_backward_data", "cross-entropy"),
+        ("aten::nll_loss_forward", "cross-entropy"),
+        ("graph_0_cpp_fused__log_softmax__to_copy_native_layer_norm_nll_loss_forward_8", "cross-entropy"),
+        ("triton_red_fused__log_softmax__log_softmax_backward_data_nll_loss_backward_0", "cross-entropy"),
+        ("aten::native_layer_norm", "norms and elementwise"),
+        ("graph_0_cpp_fused__scaled_dot_product_flash_attention_for_cpu__to_copy_view_1", "norms and elementwise"),
+        ("triton_poi_fused_add_gelu_4", "norms and elementwise"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>>(int)", "norms and elementwise"),
+        ("Memcpy DtoD (Device -> Device)", "norms and elementwise"),
+        ("ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "communication"),
+        ("gloo:all_reduce", "communication"),
+        ("autograd::engine::evaluate_function: AddmmBackward0", "launch gaps"),
+        ("MmBackward0", "launch gaps"),
+        ("Torch-Compiled Region: 0/0", "launch gaps"),
+        ("## Call CompiledFxGraph f32iv2sbaf2uutqnivic2funvxj3acxpocmkvzvnbhn3tbessubf ##", "launch gaps"),
+        ("aten::view", "launch gaps"),
+        ("aten::empty_strided", "launch gaps"),
+        ("cudaLaunchKernel", "launch gaps"),
+        ("something nobody has heard of", "other"),
+    ],
+)
+def test_names(name, part):
+    assert why.by_name(name) == part
+
+
+@given(st.text(max_size=30))
+def test_every_name_has_exactly_one_part(name):
+    assert why.by_name(name) in why.PARTS
+
+
+# ---- a GPU's trace, made up ---------------------------------------------------------------------------------------------
+
+
+def gpu_trace() -> list[dict]:
+    """1,000 µs of a step: the host on thread 1 and its backward on thread 2, kernels on streams 7 and 20."""
+    host = [  # category, name, start, duration, thread, arguments
+        ("user_annotation", why.STEP, 0, 1000, 1, {}),
+        ("user_annotation", "why: data wait", 0, 150, 1, {}),
+        ("cpu_op", "aten::mm", 160, 20, 1, {"Input Dims": [[8, 8], [8, 8]]}),
+        ("cuda_runtime", "cudaLaunchKernel", 165, 5, 1, {"correlation": 1}),
+        ("cpu_op", "aten::copy_", 180, 20, 1, {"Input Dims": [[128, 65], []]}),
+        ("cuda_runtime", "cudaMemcpyAsync", 185, 5, 1, {"correlation": 2}),
+        ("cpu_op", "autograd::engine::evaluate_function: BmmBackward0", 300, 50, 2, {}),
+        ("cpu_op", "aten::bmm", 310, 20, 2, {}),
+        ("cuda_driver", "cuLaunchKernelEx", 315, 5, 2, {"correlation": 3}),
+        ("cpu_op", "CompiledFunctionBackward", 400, 50, 2, {}),
+        ("cuda_driver", "cuLaunchKernel", 410, 5, 2, {"correlation": 4}),
+        ("cpu_op", "Optimizer.step#AdamW.step", 700, 50, 1, {}),
+        ("cpu_op", "aten::_fused_adamw_", 705, 40, 1, {}),
+        ("cuda_runtime", "cudaLaunchKernel", 710, 5, 1, {"correlation": 5}),
+    ]
+    device = [
+        ("kernel", "sm90_gemm", 200, 100, 7, {"correlation": 1}),
+        ("gpu_memcpy", "Memcpy DtoD", 300, 50, 7, {"correlation": 2}),
+        ("kernel", "sm90_gemm", 350, 100, 7, {"correlation": 3}),
+        ("kernel", "triton_poi_fused_gelu_1", 450, 50, 7, {"correlation": 4}),
+        ("kernel", "ncclDevKernel_AllReduce", 480, 120, 20, {}),
+        ("kernel", "adam", 750, 200, 7, {"correlation": 5}),
+        ("gpu_user_annotation", why.STEP, 200, 750, 7, {}),
+    ]
+    keys = ("cat", "name", "ts", "dur", "tid", "args")
+    return [dict(zip(keys, e, strict=True), ph="X") for e in host + device] + [{"ph": "M", "name": "process_name"}]
+
+
+def test_gpu_time_is_what_the_kernels_take_and_the_rest_is_idle(tiny):
+    cfg = Config(**dict(vocab_size=65, n_layer=2, n_head=2, n_embd=32, block_size=32, tokens_per_step=256))
+    total, parts, top = why.attribute(gpu_trace(), cfg, on_gpu=True)
+    assert total == 1000
+    assert {part: us for part, us in parts.items() if us} == {
+        "GEMM": 100,
+        "cross-entropy": 50,  # a copy of logits, told by its shape
+        "attention": 100,  # a gemm kernel, but aten::bmm launched it, on the backward's thread
+        "norms and elementwise": 50,
+        "communication": 100,  # 480-600, of which 480-500 is hidden
+        "optimizer": 200,
+        "data wait": 150,
+        "launch gaps": 50 + 150 + 50,
+    }
+    assert sum(parts.values()) == total
+    assert top[0] == ("adam", 200, "optimizer")
+
+
+def test_trace_without_a_step_or_kernels_is_refused():
+    with pytest.raises(UserError, match="recorded nothing"):
+        why.attribute([], Config(), on_gpu=False)
+    with pytest.raises(UserError, match="no GPU kernels"):
+        why.attribute(gpu_trace()[:14], Config(), on_gpu=True)
+
+
+spans = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 8)), max_size=6).map(
+    lambda pairs: sorted((start, start + length) for start, length in pairs)
+)
+
+
+@given(spans)
+def test_take_covers_each_moment_once(taken):
+    free = [(2, 9), (12, 13), (15, 30)]
+    moments = {t for a, b in free for t in range(a, b)}
+    covered = moments & {t for a, b in taken for t in range(a, b)}
+    amount, left = why.take(free, taken)
+    assert amount == len(covered)
+    assert [t for a, b in left for t in range(a, b)] == sorted(moments - covered)
+
+
+# ---- floors -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, dict(vocab_multiple=128), dict(tie_weights=False, bias=False), dict(n_layer=3, n_head=4)]
+)
+def test_flops_are_those_torch_counts(changes, tiny_run):
+    cfg = Config(**tiny_run | dict(attention="naive") | changes)
+    model, micro_batch = GPT(cfg), 4
+    x = torch.zeros(micro_batch, cfg.T, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        model(x, x).backward()
+    floors = why.floors(cfg, CEILINGS)
+    steps = cfg.tokens_per_step // (micro_batch * cfg.T)
+    whole = 2 * cfg.T / (cfg.T + 1)  # torch counts the masked scores as well
+    assert steps * counter.get_total_flops() == floors["GEMM"].flops + whole * floors["attention"].flops
+    assert floors["GEMM"].seconds == max(floors["GEMM"].flops / 1e11, floors["GEMM"].bytes / 1e10)
+
+
+def test_bytes_of_gpt2():
+    """By hand: 124,439,808 parameters, one micro-batch of 4 x 256 tokens."""
+    cfg = Config(batch_size=4, sequence_length=256, tokens_per_step=1024, dtype="bfloat16")
+    floors = why.floors(cfg, CEILINGS)
+    assert floors["optimizer"].bytes == 32 * 124_439_808
+    assert floors["cross-entropy"].bytes == 2 * 2 * 1024 * 50257
+    assert floors["attention"].bytes == 12 * 12 * 2 * 1024 * 768
+    weights, head = 12 * 12 * 768**2, 50257 * 768
+    stream = 1024 * 768 * (12 * (2 * (12 + 16) + 40) + 12 + 16 + 8 + 12)
+    assert floors["norms and elementwise"].bytes == stream + 16 * head + 12 * (weights + head)
+    assert floors["communication"].bytes == floors["data wait"].seconds == floors["launch gaps"].seconds == 0
+    four = why.floors(replace(cfg, batch_size=1), CEILINGS)
+    assert four["optimizer"].bytes == (32 + 3 * 12) * 124_439_808
+    assert four["GEMM"].flops == floors["GEMM"].flops == 1024 * 6 * (weights + head)
+    two = why.floors(cfg, CEILINGS, processes=2)
+    assert two["communication"].bytes == 4 * 124_439_808
+    assert two["GEMM"].flops == floors["GEMM"].flops / 2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fp32_precision", "rate"),
+    [("float32", "ieee", 1e11), ("float32", "tf32", 2e11), ("float32", "bf16", 4e11), ("bfloat16", "ieee", 4e11)],
+)
+def test_rate_is_that_of_the_precision(dtype, fp32_precision, rate):
+    assert why.gemm_rate(Config(dtype=dtype, fp32_precision=fp32_precision), CEILINGS) == rate
+
+
+# ---- advice -------------------------------------------------------------------------------------------------------------
+
+
+def advised(run: Run, part_ms: float = 1e6) -> set[str]:
+    """The settings that are advised when every part is far above its floor."""
+    memory_is_no_limit = CEILINGS | {"copy_bytes_per_s": 1e14}
+    return {a["setting"] for a in why.advise(run, dict.fromkeys(why.PARTS, part_ms), memory_is_no_limit, kernel_ms=10.0)}
+
+
+def test_advice_is_what_is_off_and_can_be_had(tiny_run, monkeypatch):
+    monkeypatch.setattr(machine, "best_dtype", lambda device: "bfloat16")
+    monkeypatch.setattr(machine, "why_no_compile", lambda device: None)
+    monkeypatch.setattr(why, "head_seconds", lambda cfg, device, n: 1.0 / cfg.padded_vocab_size)
+    monkeypatch.setattr(why, "attention_seconds", lambda cfg, device, micro_batch: 0.0)
+    off = build(Config(**tiny_run | PLAIN))[0]
+    first = {"dtype=bfloat16", "fp32_precision=bf16", "compile=True", "attention=sdpa", "fused_adamw=True", "prefetch=True"}
+    assert first | {"vocab_multiple=128", "batch_size=8"} == advised(off) - {"reuse_memory=True"}
+    for setting in advised(off):
+        name, value = setting.split("=")
+        assert str(getattr(off.cfg, name)) != value
+    fast = dict(dtype="bfloat16", fused_adamw=True, batch_size=8, vocab_multiple=128)
+    on = build(Config(**tiny_run | fast))[0]
+    on.cfg = replace(on.cfg, compile=True, reuse_memory=True)
+    assert advised(on) == set()
+    monkeypatch.setattr(machine, "why_no_compile", lambda device: "there is none")
+    monkeypatch.setattr(machine, "best_dtype", lambda device: "float32")
+    assert not advised(off) & {"compile=True", "dtype=bfloat16", "fp32_precision=bf16"}
+
+
+def test_advice_for_the_plain_run(plain, tiny_run):
+    assert plain["advice"] == sorted(plain["advice"], key=lambda a: -a["saves_ms"])
+    asked = Config(**tiny_run | PLAIN)
+    for a in plain["advice"]:
+        name, value = a["setting"].split("=")
+        assert str(getattr(asked, name)) != value
+        assert a["saves_ms"] > 0

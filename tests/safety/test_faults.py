@@ -1,0 +1,141 @@
+"""faults.py: what CI does of it at every change, and that its own verdicts can fail."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import faults
+import pytest
+
+from report import tables
+
+
+@pytest.fixture(scope="module")
+def stage():
+    stage = faults.Stage()
+    yield stage
+    stage.close()
+
+
+@pytest.mark.parametrize("id", faults.QUICK)
+def test_a_fault_in_a_quick_form(stage, id):
+    """One place each; `python tests/faults.py` does them all, at several."""
+    found = faults.run_fault(stage, id, quick=True)
+    assert found.passed, found.detail
+
+
+def test_there_are_33_and_the_quick_ones_are_among_them():
+    assert sorted(faults.FAULTS) == [f"F{n:02d}" for n in range(1, 34)]
+    assert set(faults.QUICK) <= set(faults.FAULTS)
+
+
+# ---- the judge --------------------------------------------------------------------------------------------------------
+
+GOOD = faults.Done(2, 3.0, {0: ("", "error: model.safetensors is damaged\n")}, [])
+TRACEBACK = "Traceback (most recent call last):\n  File …\nKeyError: 'step'\n"
+
+
+def with_error(text: str) -> faults.Done:
+    return dataclasses.replace(GOOD, texts={0: ("", text)})
+
+
+def test_a_clean_failure_is_one():
+    assert faults.clean(GOOD, "model.safetensors") == "model.safetensors is damaged"
+    both = {rank: ("", f"[rank {rank}] error: step 3: no\n[W1120 07:00:00.000 socket.cpp:1] retrying\n") for rank in range(2)}
+    assert faults.clean(dataclasses.replace(GOOD, texts=both), "step 3") == "step 3: no"
+
+
+@pytest.mark.parametrize(
+    ("done", "why"),
+    [
+        (dataclasses.replace(GOOD, status=0), "exit status 0"),
+        (dataclasses.replace(GOOD, seconds=61.0), "61 s to fail"),
+        (dataclasses.replace(GOOD, orphans=["process 7 (rank 1)"]), "left over: .*process 7"),
+        (with_error(TRACEBACK), "traceback: KeyError: 'step'"),
+        (with_error(TRACEBACK + "error: model.safetensors is damaged\n"), "traceback"),
+        (with_error(""), "0 different error lines"),
+        (with_error("error: one\nerror: two\n"), "2 different error lines"),
+        (with_error("error: model.safetensors is damaged\nand more\n"), "more than one line .*and more"),
+        (with_error("error: something is wrong\n"), "does not name 'model.safetensors'"),
+    ],
+)
+def test_any_other_failure_is_not(done, why):
+    with pytest.raises(faults.Failed, match=why):
+        faults.clean(done, "model.safetensors")
+
+
+def test_what_a_process_leaves_behind_is_found_and_killed(stage):
+    """Also in another session, whose parent has ended."""
+    box = faults.Box(stage, "orphan")
+    script = box.folder / "parent.py"
+    script.write_text(
+        "import subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(100)'], start_new_session=True)\n"
+        f"open({str(box.folder / 'pid')!r}, 'w').write(str(child.pid))\n"
+    )
+    done = box.start([str(script)]).wait()
+    pid = int((box.folder / "pid").read_text())
+    assert done.status == 0
+    assert done.orphans == [f"process {pid} (rank ?)"]
+    stat, until = Path(f"/proc/{pid}/stat"), time.monotonic() + 10
+
+    def alive() -> bool:
+        try:
+            return stat.read_text().rpartition(")")[2].split()[0] != "Z"  # dead, if not yet buried
+        except OSError:
+            return False
+
+    while alive() and time.monotonic() < until:  # killed, it still has to get round to dying
+        time.sleep(0.01)
+    assert not alive()
+    box.close()
+
+
+def test_a_process_that_does_not_end_has_failed(stage):
+    box = faults.Box(stage, "endless")
+    process = box.start(["-c", "import time; time.sleep(100)"])
+    with pytest.raises(faults.Failed, match="still running 1 s later"):
+        process.wait(1)
+    assert process.popen.returncode == -signal.SIGKILL
+    box.close()
+
+
+def test_two_runs_that_differ_are_told_apart(stage):
+    """G2 is not what any two runs have."""
+    box = faults.Box(stage, "differ")
+    whole = box.whole()
+    other = box.copy_of(whole, "other", upto=faults.STEPS)
+    box.same(whole, other)
+    path = other / "log.jsonl"
+    loss = next(r["loss"] for r in faults.log(other) if r.get("step") == 20 and "loss" in r)
+    path.write_text(path.read_text().replace(repr(loss), repr(loss * (1 + 2**-50))))
+    with pytest.raises(faults.Failed, match="NOT G2: step 20"):
+        box.same(whole, other)
+    box.close()
+
+
+# ---- the scorecard ----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_what_the_readme_shows(tmp_path, root):
+    """With one fault: the status is that of the faults, the JSON makes a table, nothing but the asked file is written."""
+    command = [sys.executable, str(root / "tests" / "faults.py"), "F31", "--quick", f"--out={tmp_path}/faults.json"]
+    assert subprocess.run([*command, "F34"], cwd=tmp_path, capture_output=True).returncode == 2
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1/1 faults" in done.stdout
+    result = json.loads((tmp_path / "faults.json").read_text(encoding="utf-8"))
+    table, note = tables.blocks(result)
+    assert table.rows[0][0].startswith("F31 ")
+    assert table.rows[0][2] == "passed"
+    assert note.startswith("1/1 faults in ")
+    failed = result | {"faults": [result["faults"][0] | {"passed": False, "detail": "it hung."}]}
+    assert "F31 FAILED: it hung." in tables.blocks(failed)
+    cells = [dict(dtype="float32", compile=c, processes=n, passed=n == 1, detail="no") for c in (False, True) for n in (1, 2)]
+    said = tables.as_markdown(result | {"faults": [], "matrix": cells})
+    assert "| float32, compiled | bit for bit | FAILED |" in said
+    assert "2/4 of the matrix" in said
