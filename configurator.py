@@ -406,6 +406,11 @@ def diff(a: GPTConfig, b: GPTConfig) -> dict[str, tuple[Any, Any]]:
     return {name: (before.get(name), after[name]) for name in after if before.get(name) != after[name]}
 
 
+def flags(settings: Any) -> list[str]:
+    """A settings dataclass as command-line flags, all of them."""
+    return [f"--{name}={value}" for name, value in asdict(settings).items()]
+
+
 def describe(cfg: Config) -> str:
     """Every setting: first what differs from Config()'s defaults, one a line, then the rest as one paragraph."""
     changed = diff(Config(), cfg)
