@@ -1,22 +1,25 @@
 # Two commands, on a bare machine with Python 3.11 or 3.12:   make train   make test
-# Both only run what you would type yourself, and print it.
+# They run what you would type yourself, and print it. make test-all has the long proofs as well, make faults all 33 faults.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test faults
+.PHONY: train test test-all faults
 
 train: .venv/installed
 	$(BIN)/python prepare_data.py shakespeare
-	$(BIN)/torchrun train.py config/shakespeare.py
+	$(BIN)/python train.py config/shakespeare.py
 	$(BIN)/python sample.py out/shakespeare --prompt "ROMEO:"
 	@echo
 	@echo "next:  $(BIN)/python sample.py out/shakespeare --prompt 'JULIET:' --temperature=0.5 --num_samples=3"
-	@echo "       $(BIN)/torchrun train.py config/shakespeare.py --resume --max_steps=640     train it twice as long"
-	@echo "       $(BIN)/python prepare_data.py my.txt                                        learn your own text"
-	@echo "       $(BIN)/python bench.py ladder                                               how fast, and why"
+	@echo "       $(BIN)/python train.py config/shakespeare.py --resume --max_steps=640     train it twice as long"
+	@echo "       $(BIN)/python prepare_data.py my.txt                                      learn your own text"
+	@echo "       $(BIN)/python bench.py ladder                                             how fast, and why"
 
 test: .venv/installed
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: .venv/installed
 	$(BIN)/python -m pytest
 
 faults: .venv/installed

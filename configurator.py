@@ -1,30 +1,35 @@
-"""Settings: every setting of a training run is one field of Config, defined here (or in model.GPTConfig) and nowhere else.
+"""Settings: each setting of a training run is one field of GPTConfig or Config, defined here and nowhere else.
 
     python train.py config/shakespeare.py --batch_size=8
                     a file, in Python     then flags
 
 A config file is ordinary Python that ends with a `config`: `config = Config(...)` or `config = replace(other, compile=True)`.
-It is code, and it is run: use only files you trust. After load() a Config never changes.
+It is executed: use only files that you trust. After load() a Config never changes.
 """
 
-import contextlib
-import io
+import ast
+import inspect
+import itertools
 import json
 import math
 import os
 import re
 import runpy
+import shutil
+import sys
+import textwrap
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from base.errors import UserError, near_name
+from base.files import ROOT
 
 Settings = TypeVar("Settings")
 
-# In files of strangers. Without a bound one could keep the builder of blocks busy for days, or overflow the size of a tensor;
-# published models stay several times below each.
+# The largest sizes read from an untrusted file: it could otherwise keep the builder of blocks busy for days, or overflow the
+# size of a tensor. Published models stay several times below each.
 LARGEST = {"n_layer": 1000, "n_head": 2**11, "n_embd": 2**18, "block_size": 2**24, "vocab_size": 2**22, "vocab_multiple": 2**22}
 
 
@@ -33,9 +38,9 @@ class GPTConfig:
     """The shape and the mathematics of one GPT. The defaults are GPT-2 124M."""
 
     block_size: int = 1024
-    """longest sequence, in tokens; one learned position each"""
+    """longest sequence, in tokens: the number of learned positions"""
     vocab_size: int = 50257
-    """how many token ids exist (GPT-2: 50,000 merges + 256 bytes + <|endoftext|>)"""
+    """number of token ids (GPT-2: 50,000 merges + 256 bytes + <|endoftext|>)"""
     vocab_multiple: int = 1
     """pad the embedding's rows to a multiple of this: 128 makes 50257 into 50304, whole matmul tiles"""
     n_layer: int = 12
@@ -51,7 +56,7 @@ class GPTConfig:
     tie_weights: bool = True
     """one matrix for the token embedding and the output head (124.44M parameters instead of 163.04M)"""
     init: Literal["gpt2", "pytorch"] = "gpt2"
-    """where the weights start: GPT-2's normals, or what nn.Linear and nn.Embedding do by default"""
+    """initial weights: GPT-2's normals, or what nn.Linear and nn.Embedding do by default"""
     scale_residual_init: bool = True
     """divide the initial weights of each residual branch's last linear by sqrt(2 * n_layer)"""
     attention: Literal["naive", "blocked", "sdpa"] = "sdpa"
@@ -65,7 +70,7 @@ class GPTConfig:
         if self.n_embd % self.n_head:
             near = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
             best = min(near, key=lambda h: abs(h - self.n_head))
-            raise UserError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: type --n_head={best}")
+            raise UserError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: use --n_head={best}")
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"dropout={self.dropout} must lie in [0, 1)")
 
@@ -85,7 +90,7 @@ class GPTConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config(GPTConfig):
-    """Everything that decides a training run. "auto" means: the best this machine can do, and train.py says what that is."""
+    """Everything that decides a training run. "auto" means the best that this machine can do; train.py reports what that is."""
 
     # what is learned from
     dataset: str = "shakespeare"
@@ -93,31 +98,31 @@ class Config(GPTConfig):
     data_dir: str = "data"
     """where prepared data sets lie"""
     batch_order: Literal["shuffled", "sequential", "one_batch"] = "shuffled"
-    """shuffled: without replacement, every epoch anew; sequential: as in the text; one_batch: the first batch for ever"""
+    """shuffled: a new permutation each epoch; sequential: as in the text; one_batch: the first batch again and again"""
     seed: int = 1337
     """of the initial weights, dropout and data order"""
 
     init_from: str = ""
-    """start from these weights instead of random ones: gpt2, owner/name on the hub, a folder of ours or in that layout"""
+    """start from these weights instead of random ones: gpt2, owner/name on the hub, a run, or a folder in the hub's layout"""
 
     # one optimizer step
     max_steps: int = 1000
     """optimizer steps in the whole run"""
     tokens_per_step: int = 524_288
-    """tokens per optimizer step, over all processes; accumulation follows from it, so it alone decides what is learned"""
+    """tokens per optimizer step, over all processes; gradient accumulation follows from it"""
     sequence_length: int = 0
     """T, tokens per training sequence; 0: the whole block_size"""
     batch_size: int | Literal["auto"] = 16
-    """most sequences in one forward pass of a process (the micro-batch), a matter of memory and speed only; auto: as many as
-    fit"""
+    """most sequences in one forward pass of a process (the micro-batch): changes memory and speed, not what is learned;
+    auto: as many as fit"""
     learning_rate: float = 6e-4
     """peak learning rate (6e-4: GPT-3 paper, table 2.1, 125M)"""
     min_lr: float = 6e-5
     """learning rate at the end of the schedule"""
     warmup_steps: int = 100
-    """steps of linear warm-up from 0"""
+    """steps of linear warm-up; the first step already has learning_rate / warmup_steps"""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """how the learning rate goes from its peak to min_lr at max_steps (constant: it does not)"""
+    """how the learning rate falls from its peak to min_lr at max_steps (constant: it does not)"""
     weight_decay: float = 0.1
     """AdamW's decay, on matrices only: biases and LayerNorm gains are never decayed"""
     beta1: float = 0.9
@@ -125,7 +130,7 @@ class Config(GPTConfig):
     beta2: float = 0.95
     """AdamW's second-moment decay"""
     grad_clip: float = 1.0
-    """largest global gradient norm; 0 does not clip"""
+    """largest global gradient norm; 0: no clipping"""
 
     # speed: nothing here changes what is learned, beyond rounding
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
@@ -133,12 +138,12 @@ class Config(GPTConfig):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """autocast precision of matmuls (weights stay float32); auto: bfloat16 where the hardware multiplies it"""
     fp32_precision: Literal["ieee", "tf32", "bf16"] = "ieee"
-    """how float32 matmuls are multiplied inside: exactly, or rounded to TF32 (CUDA) or bf16 (CPU) first"""
+    """how float32 matmuls are computed: exactly, or from inputs rounded to TF32 (CUDA) or bf16 (CPU)"""
     compile: bool | Literal["auto"] = "auto"
-    """torch.compile; auto: on where a compiler is installed"""
+    """torch.compile; auto: on where a C++ compiler is installed"""
     compile_scope: Literal["auto", "model", "block"] = "auto"
-    """model: one graph; block: one transformer block, compiled once and used n_layer times (starts sooner); auto: model, but
-    block under fsdp"""
+    """model: one graph; block: one transformer block, compiled once and used n_layer times (starts sooner); auto: model,
+    but block under fsdp"""
     compile_mode: Literal["default", "max-autotune-no-cudagraphs", "reduce-overhead"] = "default"
     """what torch.compile tries: max-autotune times several kernels for each matmul, reduce-overhead records CUDA graphs"""
     sdpa_backend: Literal["any", "flash", "cudnn", "efficient"] = "any"
@@ -146,25 +151,25 @@ class Config(GPTConfig):
     fused_adamw: bool | Literal["auto"] = "auto"
     """AdamW as one kernel over all parameters instead of a loop of small ones"""
     reuse_memory: bool | Literal["auto"] = "auto"
-    """CPU with glibc: keep freed memory in the process, so that a step does not fault its pages in anew"""
+    """CPU with glibc: keep freed memory in the process, so that no step faults its pages in again"""
     prefetch: bool = True
-    """read the next micro-batch, and queue its copy from pinned memory to the GPU, while this one computes"""
+    """read the next micro-batch, and queue its copy from pinned memory to the GPU, while this one is computed"""
     deterministic: bool = False
     """only kernels that give the same bits every time: a resumed run is then bit for bit the one that was never interrupted"""
     processes: int = 0
-    """how many processes torchrun must have started; 0: any number"""
+    """number of processes that torchrun must have started; 0: any"""
     parallel: Literal["ddp", "zero1", "fsdp"] = "ddp"
-    """what several processes share out besides the tokens: nothing (ddp), optimizer state (zero1), all parameters too (fsdp)"""
+    """what several processes shard besides the tokens: nothing (ddp), optimizer state (zero1), parameters too (fsdp)"""
 
     # the run
     out_dir: str = ""
     """where checkpoints and log.jsonl go; empty: out/<name of the config file>"""
     resume: bool | Literal["auto"] = False
-    """continue from the newest checkpoint in out_dir; auto: if there is one, else begin"""
+    """continue from the newest checkpoint in out_dir; auto: if there is one, else start"""
     max_minutes: float = 0.0
-    """save and leave after so many minutes, to be resumed (time limits of clusters); 0: no limit"""
+    """save and exit after so many minutes, to be resumed (time limits of clusters); 0: no limit"""
     timeout_minutes: float = 10.0
-    """when no process has finished a step, a validation or a save for so long, say which one is stuck, and end"""
+    """when no step, validation or save has finished for so long, report which process is stuck, and exit"""
     log_interval: int = 10
     """steps between two log lines"""
     eval_interval: int = 250
@@ -176,23 +181,23 @@ class Config(GPTConfig):
     hellaswag_rows: int = 0
     """how many of its rows, spread evenly; 0: all 10,042, some minutes on a GPU"""
     sample_interval: int = 0
-    """steps between two texts that the model writes, to look at; 0: none"""
+    """steps between two sample texts on the terminal; 0: none"""
     sample_prompt: str = ""
-    """what those texts go on from; empty: the beginning of a document"""
+    """prompt of those texts; empty: the start of a document"""
     checkpoint_interval: int = 1000
     """steps between two checkpoints; the last step always saves"""
     keep_checkpoints: int = 2
-    """how many of the newest checkpoints stay (the one before the newest is there if the newest is damaged)"""
+    """number of newest checkpoints to keep (the second one is there in case the newest is damaged)"""
     keep_best: bool = True
-    """save whenever a validation is the best so far, and keep that checkpoint besides the newest"""
+    """save whenever a validation is the best so far, and keep that checkpoint besides the newest ones"""
     background_save: bool = True
-    """copy the state in memory and write it while training goes on; costs that copy's memory (12 bytes per parameter)"""
+    """copy the state in memory and write it while training continues; costs that copy's memory (12 bytes per parameter)"""
     outlier_z: float = 8.0
-    """a loss or gradient norm so many standard deviations above the mean of those before it is an outlier; 0: do not look"""
+    """a loss or gradient norm so many standard deviations above the mean before it is an outlier; 0: do not look"""
     outlier_window: int = 100
-    """how many steps before it that mean is taken over; no verdict before there are that many"""
+    """number of steps in that mean; no verdict before there are that many"""
     on_outlier: Literal["continue", "skip", "stop"] = "continue"
-    """continue: flag and count it; skip: leave the optimizer step out as well; stop: write a crash capsule and end"""
+    """continue: report and count it; skip: skip the optimizer step as well; stop: write a crash capsule and exit"""
     replica_interval: int = 100
     """steps between two comparisons of the processes' parameters by checksum; 0: never"""
     curve: str = ""
@@ -217,7 +222,7 @@ class Config(GPTConfig):
             raise UserError(f"seed={self.seed} must be below 2**63")
         if self.schedule != "constant" and self.min_lr > self.learning_rate:
             raise UserError(
-                f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}: type --min_lr={self.learning_rate / 10:g}"
+                f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}: use --min_lr={self.learning_rate / 10:g}"
             )
         for name in ("beta1", "beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
@@ -230,7 +235,7 @@ class Config(GPTConfig):
             near = max(1, round(self.tokens_per_step / self.T)) * self.T
             raise UserError(
                 f"tokens_per_step={self.tokens_per_step} is not a multiple of the sequence length {self.T}: "
-                f"type --tokens_per_step={near}"
+                f"use --tokens_per_step={near}"
             )
 
     @property
@@ -246,7 +251,7 @@ class Config(GPTConfig):
         if sequences % world_size:
             raise UserError(
                 f"tokens_per_step={self.tokens_per_step} is {sequences} sequences of {self.T}, which {world_size} processes "
-                f"cannot share equally: type --tokens_per_step={-(-sequences // world_size) * world_size * self.T} "
+                f"cannot share equally: use --tokens_per_step={-(-sequences // world_size) * world_size * self.T} "
                 f"(which changes what is learned), or start another number of processes"
             )
         share = sequences // world_size
@@ -255,13 +260,15 @@ class Config(GPTConfig):
         return micro_batch, share // micro_batch
 
 
+# ---- checking ---------------------------------------------------------------------------------------------------------
+
+
 def check_types(values: dict[str, Any], cls: type) -> None:
     """UserError if one of the values for a dataclass's fields is nothing that its annotation allows."""
     hints = get_type_hints(cls)
     for name, value in values.items():
-        hint = hints[name]
-        if not any(_fits(value, h) for h in (get_args(hint) if _is_union(hint) else (hint,))):
-            raise UserError(f"{name}={value!r} is not allowed: {name} is {_allowed(hint)}")
+        if not any(_fits(value, kind) for kind in _kinds(hints[name])):
+            raise UserError(f"{name}={value!r} is not allowed: {name} is {_allowed(hints[name])}")
 
 
 def check_at_least(settings: Any, least: int, *names: str) -> None:
@@ -272,48 +279,53 @@ def check_at_least(settings: Any, least: int, *names: str) -> None:
 
 
 def check_sizes(values: dict[str, Any]) -> None:
-    """UserError if one of the sizes in a stranger's file is beyond LARGEST."""
+    """UserError if one of the sizes in an untrusted file is beyond LARGEST."""
     for name, most in LARGEST.items():
         if values.get(name, 0) > most:
             raise UserError(f"{name}={str(values[name])[:20]} is above {most:,}, the largest that is read from a file")
 
 
-def _is_union(hint: Any) -> bool:
-    return get_origin(hint) in (Union, UnionType)
+def _kinds(hint: Any) -> tuple:
+    """The alternatives of an annotation: a type, or one Literal with its choices, each."""
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    if get_origin(hint) is Literal:
-        return value in get_args(hint) and type(value) is str
-    if hint is float:
-        return type(value) in (int, float) and value == value and abs(value) != float("inf")
-    return type(value) is hint  # exactly: True is no int here
+def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return type(value) is str and value in get_args(kind)
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is kind  # exactly: True is no int here
 
 
 def _allowed(hint: Any) -> str:
-    if _is_union(hint) or get_origin(hint) is Literal:
-        return " or ".join(_allowed(a) if not isinstance(a, str) else repr(a) for a in get_args(hint))
     names = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a text"}
-    return names.get(hint, getattr(hint, "__name__", str(hint)))
+    choices: list[str] = []
+    for kind in _kinds(hint):
+        choices += map(repr, get_args(kind)) if get_origin(kind) is Literal else [names[kind]]
+    return " or ".join(choices)
+
+
+# ---- the command line -------------------------------------------------------------------------------------------------
+
+
+def _is_flag(hint: Any) -> bool:
+    return bool in _kinds(hint)
 
 
 def split_positional(default: Any, argv: list[str]) -> tuple[list[str], list[str]]:
-    """argv -> (arguments that are no flag, flags with their values), in whatever order they were typed."""
-    hints, positional, flags = get_type_hints(type(default)), [], []
+    """argv -> (arguments that are no flag, flags with their values), in whatever order they were given."""
+    hints, positional, found = get_type_hints(type(default)), [], []
     tokens = iter(argv)
     for token in tokens:
         if not token.startswith("-") or token == "-":
             positional.append(token)
             continue
-        flags.append(token)
+        found.append(token)
         hint = hints.get(token[2:].replace("-", "_"))  # None if it has its value after a "=", or is unknown
         if hint is not None and not _is_flag(hint):
-            flags += [value for value in [next(tokens, None)] if value is not None]
-    return positional, flags
-
-
-def _is_flag(hint: Any) -> bool:
-    return hint is bool or bool in get_args(hint)
+            found += [value for value in [next(tokens, None)] if value is not None]
+    return positional, found
 
 
 def parse(default: Settings, argv: list[str], description: str) -> Settings:
@@ -322,61 +334,107 @@ def parse(default: Settings, argv: list[str], description: str) -> Settings:
 
     Prints help and exits on --help. Raises UserError, one line, for anything it does not understand.
     """
-    hints = get_type_hints(type(default))
-    args = []
-    for token in argv:
-        if not token.startswith("--") or token == "--help":
-            args.append(token)
-            continue
-        name, equals, value = token[2:].partition("=")
+    hints, values = get_type_hints(type(default)), {}
+    tokens = iter(argv)
+    for token in tokens:
+        if token in ("-h", "--help"):
+            print(help_text(default, description))
+            sys.exit()
+        name, equals, text = token[2:].partition("=")
         name = name.replace("-", "_")
+        if not token.startswith("--"):
+            raise UserError(f"{token!r} is not understood: settings are given as --name=value")
         if name not in hints:
             raise UserError(f"--{name} is not a setting: {near_name(name, list(hints))}")
-        bare = not equals and _is_flag(hints[name])
-        args.append(f"--{name}=True" if bare else f"--{name}{equals}{value}")
+        if not equals:
+            text = "True" if _is_flag(hints[name]) else next(tokens, None)
+        if text is None:
+            raise UserError(f"--{name} needs a value: use --{name}=…, {_allowed(hints[name])}")
+        values[name] = _value(name, text, hints[name])
+    return replace(default, **values)
 
-    import tyro  # here, and after the names are checked: reading a config must not wait for it
 
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            marked = tyro.conf.FlagConversionOff[type(default)]
-            return tyro.cli(marked, default=default, args=args, description=description, use_underscores=True)
-    except SystemExit as stop:
-        if not stop.code:
-            raise  # --help
-    # tyro draws a box: its text is the lines up to the first rule
-    lines = [re.sub(r"^│(.*)│$", r"\1", line).strip() for line in complaint.getvalue().splitlines()[1:]]
-    text = " ".join(lines[: next((i for i, line in enumerate(lines) if line.startswith("─")), len(lines))])
-    text = re.sub(r"^Error parsing --(\w+)", r"cannot read --\1", text)
-    raise UserError(re.sub(r"^Error parsing \w+: ", "", text) or "cannot read the command line")
+def _value(name: str, text: str, hint: Any) -> Any:
+    """A value as it was given on the command line: 1000, 1e3, true, True, cosine."""
+    for kind in _kinds(hint):
+        if get_origin(kind) is Literal and text in get_args(kind):
+            return text
+        if kind is bool and text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        if kind is str:
+            return text
+        if kind in (int, float):
+            try:
+                return int(text)
+            except ValueError:
+                pass
+            try:
+                number = float(text)
+            except ValueError:
+                continue
+            if kind is float and math.isfinite(number):
+                return number
+            if kind is int and number.is_integer():
+                return int(number)
+    raise UserError(f"{name}={text!r} is not allowed: {name} is {_allowed(hint)}")
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """{field: the string below it in the source} of a dataclass and its parents."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        body = ast.parse(inspect.getsource(base)).body[0].body
+        for field, doc in itertools.pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant):
+                docs[field.target.id] = doc.value.value
+    return docs
+
+
+def help_text(default: Any, description: str) -> str:
+    """What --help prints: the script's own words, then each setting with its default and its meaning."""
+    width = max(60, shutil.get_terminal_size().columns - 2)
+    lines = [f"usage: {Path(sys.argv[0]).name} … [--name=value …]", "", description.strip(), "", "settings:"]
+    for name, doc in field_docs(type(default)).items():
+        lines.append(f"  --{name} = {getattr(default, name)!r}  ({_allowed(get_type_hints(type(default))[name])})")
+        lines += textwrap.wrap(" ".join(doc.split()), width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
+
+
+def flags(settings: Any) -> list[str]:
+    """A settings dataclass as command-line flags, all of them: the reverse of parse()."""
+    return [f"--{name}={value}" for name, value in asdict(settings).items()]
+
+
+# ---- config files -----------------------------------------------------------------------------------------------------
+
+
+def find_file(path: str) -> Path | None:
+    """A config file, looked for here and then beside train.py; None if there is none."""
+    return next((p for p in (Path(path), ROOT / path) if os.path.isfile(p)), None)
 
 
 def load_file(path: str) -> Config:
-    """The `config` of a config file. UserError names the file and line for whatever is wrong in it."""
-    try:
-        there = Path(path).is_file()
-    except OSError:  # a name too long to be one
-        there = False
-    if not there:
-        known = sorted(str(p) for p in Path("config").rglob("*.py") if p.name != "__init__.py")
+    """Run a config file; returns its `config`. UserError names the file and line for whatever is wrong in it."""
+    found = find_file(path)
+    if found is None:
+        known = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "config").rglob("*.py") if p.name != "__init__.py")
         raise UserError(f"there is no config file {path}: {near_name(path, known)}")
     try:
-        found = runpy.run_path(path).get("config")
+        config = runpy.run_path(str(found)).get("config")
     except UserError as e:
-        raise UserError(f"{path}, line {_line_in(path, e)}: {e}") from None
+        raise UserError(f"{path}, line {_line_in(found, e)}: {e}") from None
     except Exception as e:
-        line = e.lineno if isinstance(e, SyntaxError) else _line_in(path, e)
+        line = e.lineno if isinstance(e, SyntaxError) else _line_in(found, e)
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(e))
         hint = f": {near_name(unknown[1], [f.name for f in fields(Config)])}" if unknown else ""
         what = f"{unknown[1]} is not a setting" if unknown else f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
         raise UserError(f"{path}, line {line}: {what}{hint}") from None
-    if not isinstance(found, Config):
-        raise UserError(f"{path} must end with `config = Config(...)`, but its config is {type(found).__name__}")
-    return found
+    if not isinstance(config, Config):
+        raise UserError(f"{path} must end with `config = Config(...)`, but its config is {type(config).__name__}")
+    return config
 
 
-def _line_in(path: str, error: Exception) -> int:
+def _line_in(path: Path, error: Exception) -> int:
     """The line of the file `path` on which the error arose."""
     line, tb = 1, error.__traceback__
     while tb is not None:
@@ -388,16 +446,19 @@ def _line_in(path: str, error: Exception) -> int:
 
 def load(argv: list[str], description: str) -> Config:
     """argv (an optional config file, then flags) -> Config."""
-    files, flags = split_positional(Config(), argv)
+    files, given = split_positional(Config(), argv)
     if len(files) > 1:
-        raise UserError(f"{files[1]!r} is one argument too many: type one config file, then settings as --name=value")
-    base = load_file(files[0]) if files else Config()
-    if not base.out_dir:
-        base = replace(base, out_dir=os.path.join("out", Path(files[0]).stem if files else "gpt2"))
-    if not base.curve:
-        beside = Path(files[0]).with_suffix(".curve.json") if files else None
-        base = replace(base, curve=str(beside) if beside and beside.is_file() else "off")
-    return parse(base, flags, description)
+        raise UserError(f"{files[1]!r} is one argument too many: give one config file, then settings as --name=value")
+    cfg = load_file(files[0]) if files else Config()
+    if not cfg.out_dir:
+        cfg = replace(cfg, out_dir=os.path.join("out", Path(files[0]).stem if files else "gpt2"))
+    if not cfg.curve:
+        beside = find_file(files[0]).with_suffix(".curve.json") if files else None
+        cfg = replace(cfg, curve=str(beside) if beside and beside.is_file() else "off")
+    return parse(cfg, given, description)
+
+
+# ---- comparing, showing, reading back ---------------------------------------------------------------------------------
 
 
 def diff(a: GPTConfig, b: GPTConfig) -> dict[str, tuple[Any, Any]]:
@@ -406,21 +467,14 @@ def diff(a: GPTConfig, b: GPTConfig) -> dict[str, tuple[Any, Any]]:
     return {name: (before.get(name), after[name]) for name in after if before.get(name) != after[name]}
 
 
-def flags(settings: Any) -> list[str]:
-    """A settings dataclass as command-line flags, all of them."""
-    return [f"--{name}={value}" for name, value in asdict(settings).items()]
-
-
 def describe(cfg: Config) -> str:
-    """Every setting: first what differs from Config()'s defaults, one a line, then the rest as one paragraph."""
-    changed = diff(Config(), cfg)
-    lines = [f"  {name} = {value!r}" for name, (_, value) in changed.items()]
-    rest = "; ".join(f"{f.name}={getattr(cfg, f.name)!r}" for f in fields(cfg) if f.name not in changed)
-    return "\n".join([*lines, f"  defaults: {rest}"])
+    """What differs from Config()'s defaults, in lines of at most 120 columns."""
+    changed = ", ".join(f"{name}={value!r}" for name, (_, value) in diff(Config(), cfg).items())
+    return textwrap.fill(changed, 120, initial_indent="  ", subsequent_indent="  ", break_long_words=False)
 
 
 def from_json(text: str, cls: type[Settings]) -> Settings:
-    """A settings dataclass from JSON that may come from a stranger: known names and right types only, else UserError."""
+    """A settings dataclass from JSON that may be untrusted: known names and right types only, else UserError."""
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as e:

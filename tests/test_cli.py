@@ -9,14 +9,13 @@ import torch
 
 import configurator
 import evaluate
+import export
 import prepare_data
 import sample
 import train
-from measure import scaling
 from base import errors
-from engine import checkpoint
 
-SCRIPTS = (train, sample, prepare_data, evaluate, checkpoint, scaling)
+SCRIPTS = (train, sample, prepare_data, evaluate, export)
 MAINS = {f"{script.__name__}.py": script.main for script in SCRIPTS}
 TINY = "TINY"  # stands for the flags of the tiny run
 
@@ -30,20 +29,20 @@ WRONG = [
     ("train.py", ["config/shakespeare.py", "config/stages/s2_overfit.py"], "one argument too many"),
     ("train.py", ["--max_steps=many"], "max_steps"),
     ("train.py", ["--dtype=bf16"], "bfloat16"),
-    ("train.py", ["--n_embd=100", "--n_head=12"], "type --n_head=10"),
-    ("train.py", ["--tokens_per_step=1000", "--block_size=64"], "type --tokens_per_step=1024"),
+    ("train.py", ["--n_embd=100", "--n_head=12"], "use --n_head=10"),
+    ("train.py", ["--tokens_per_step=1000", "--block_size=64"], "use --tokens_per_step=1024"),
     ("train.py", [TINY, "--dataset=missing"], "prepare_data.py"),
-    ("train.py", [TINY, "--vocab_size=50257"], "type --vocab_size=18"),
-    ("train.py", [TINY, "--block_size=30000", "--tokens_per_step=30000"], "type --sequence_length="),
+    ("train.py", [TINY, "--vocab_size=50257"], "use --vocab_size=18"),
+    ("train.py", [TINY, "--block_size=30000", "--tokens_per_step=30000"], "use --sequence_length="),
     ("train.py", [TINY, "--data_dir={tmp}", "--dataset=damaged"], "train_000000.bin is damaged"),
     ("train.py", [TINY, "--resume", "--out_dir={tmp}/nothing"], "holds no checkpoint"),
-    ("train.py", [TINY, "--out_dir={tmp}/file/run"], "type --out_dir="),
+    ("train.py", [TINY, "--out_dir={tmp}/file/run"], "use --out_dir="),
     ("train.py", [TINY, "--seed=99999999999999999999"], "seed"),
     ("train.py", [TINY, "--n_embd=10000000"], "memory"),
     pytest.param(
         "train.py",
         [TINY, "--device=cuda"],
-        "type --device=auto",
+        "use --device=auto",
         marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
     ),
     ("sample.py", [], "which model?"),
@@ -54,21 +53,20 @@ WRONG = [
     ("sample.py", ["config/stages/s1_inference.py", "--prompt_file={tmp}/missing.txt"], "prompt_file"),
     ("sample.py", ["config/stages/s1_inference.py", "--prompt_file={tmp}/latin1.txt"], "not UTF-8"),
     ("sample.py", ["config/stages/s1_inference.py", "--temprature=1"], "did you mean temperature"),
-    ("sample.py", ["config/stages/s1_inference.py", "--quantize=int8"], "type --dtype=bfloat16 as well"),
+    ("sample.py", ["config/stages/s1_inference.py", "--quantize=int8"], "use --dtype=bfloat16 as well"),
     ("sample.py", ["config/stages/s1_inference.py", "--quantize=int3", "--dtype=bfloat16"], "int4"),
     ("sample.py", ["config/stages/s1_inference.py", "--draft=out/missing"], "no run, checkpoint or model folder"),
-    ("sample.py", ["config/stages/s1_inference.py", "--draft=out/x", "--num_samples=2"], "type --num_samples=1"),
-    ("sample.py", ["config/stages/s1_inference.py", "--draft_tokens=2"], "type --draft="),
-    ("train.py", [TINY, "--sdpa_backend=cudnn"], "type --sdpa_backend=any"),
-    ("train.py", [TINY, "--compile_mode=reduce-overhead"], "type --compile_mode=default"),
+    ("sample.py", ["config/stages/s1_inference.py", "--draft=out/x", "--num_samples=2"], "use --num_samples=1"),
+    ("sample.py", ["config/stages/s1_inference.py", "--draft_tokens=2"], "use --draft="),
+    ("train.py", [TINY, "--sdpa_backend=cudnn"], "use --sdpa_backend=any"),
+    ("train.py", [TINY, "--compile_mode=reduce-overhead"], "use --compile_mode=default"),
     ("train.py", [TINY, "--compile_mode=max-autotune-no-cudagraphs"], "needs --compile=True"),
     ("evaluate.py", [], "which model?"),
     ("evaluate.py", ["out/missing"], "no run, checkpoint or model folder"),
     ("evaluate.py", ["gpt2", "--rows=3"], "needs --hellaswag"),
     ("evaluate.py", ["gpt2", "--datasett=x"], "did you mean dataset"),
-    ("checkpoint.py", ["export", "{tmp}", "--to=hf", "{tmp}/there"], "holds no checkpoint"),
-    ("checkpoint.py", ["export", "out/missing"], "type python checkpoint.py export"),
-    ("measure/scaling.py", ["--budgets=0"], "budgets"),
+    ("export.py", ["{tmp}", "{tmp}/there"], "no checkpoint"),
+    ("export.py", ["out/missing"], "use python export.py"),
     ("prepare_data.py", [], "what shall be prepared?"),
     ("prepare_data.py", ["shakespear"], "did you mean shakespeare"),
     ("prepare_data.py", ["{tmp}/latin1.txt"], "iconv"),
@@ -125,7 +123,7 @@ def test_a_wrong_command_is_one_line_with_its_remedy(arguments, capsys, monkeypa
 @pytest.mark.parametrize(
     ("script", "argv", "word"),
     [
-        ("train.py", [TINY, "--vocab_size=50257"], "type --vocab_size=18"),
+        ("train.py", [TINY, "--vocab_size=50257"], "use --vocab_size=18"),
         ("sample.py", ["out/missing"], "no run, checkpoint or model folder"),
         ("prepare_data.py", ["{tmp}/latin1.txt"], "iconv"),
     ],
@@ -146,7 +144,7 @@ def test_a_wrong_command_on_two_processes_is_found_before_any_waits(arguments, c
     assert e.value.code == 2
     err = capsys.readouterr().err
     assert err.startswith("[rank 1] error: ")
-    assert "type --tokens_per_step=128" in err
+    assert "use --tokens_per_step=128" in err
     assert err.count("\n") == 1
 
 
