@@ -434,6 +434,11 @@ def load_file(path: str) -> Config:
     return config
 
 
+def title_of(path: Path) -> str:
+    """The first line of a config file's docstring."""
+    return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+
+
 def _line_in(path: Path, error: Exception) -> int:
     """The line of the file `path` on which the error arose."""
     line, tb = 1, error.__traceback__
@@ -445,17 +450,20 @@ def _line_in(path: Path, error: Exception) -> int:
 
 
 def load(argv: list[str], description: str) -> Config:
-    """argv (an optional config file, then flags) -> Config."""
+    """argv (an optional config file, then flags) -> Config. A run goes to out/<config>, or with another data set to
+    out/<data set>."""
     files, given = split_positional(Config(), argv)
     if len(files) > 1:
         raise UserError(f"{files[1]!r} is one argument too many: give one config file, then settings as --name=value")
-    cfg = load_file(files[0]) if files else Config()
+    in_file = load_file(files[0]) if files else Config()
+    cfg = parse(in_file, given, description)
     if not cfg.out_dir:
-        cfg = replace(cfg, out_dir=os.path.join("out", Path(files[0]).stem if files else "gpt2"))
+        name = cfg.dataset if cfg.dataset != in_file.dataset else Path(files[0]).stem if files else "gpt2"
+        cfg = replace(cfg, out_dir=os.path.join("out", name))
     if not cfg.curve:
         beside = find_file(files[0]).with_suffix(".curve.json") if files else None
         cfg = replace(cfg, curve=str(beside) if beside and beside.is_file() else "off")
-    return parse(cfg, given, description)
+    return cfg
 
 
 # ---- comparing, showing, reading back ---------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
     python train.py config/shakespeare.py                 one process
     torchrun --nproc_per_node=8 train.py CONFIG           one process per device
     python train.py config/shakespeare.py --max_steps=50 --compile=False
-    python train.py config/shakespeare.py --resume        continue from the newest checkpoint
+    python train.py out/shakespeare --max_steps=2000      resume a run with its own settings, a few of them changed
     python train.py config/gpt2_124m.py --plan            what it will take: memory, time, disk; touches no device
     python train.py config/shakespeare.py --prove_resume  kill a short run while it saves, resume it, compare every bit
     python train.py config/shakespeare.py --record_curve  train it three times: the loss curve that later runs compare with
@@ -14,6 +14,7 @@ Every setting of configurator.py is a flag: --name=value. Ctrl-C (or SIGTERM) en
 
 import math
 import sys
+import textwrap
 import time
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
@@ -27,6 +28,7 @@ import evaluate
 import optim
 import sample
 from base.errors import UserError, entry, is_out_of_memory
+from base.files import ROOT
 from configurator import Config
 from engine import checkpoint, folder, machine, parallel
 from engine.effective import effective, mismatches
@@ -167,7 +169,7 @@ def loop(s: Session) -> None:
     run, cfg, p = s.run, s.run.cfg, s.progress
     start = p.step
     for step in range(start, cfg.max_steps):
-        with s.journal.waiting("compiling; first step" if step == start else "step"):
+        with s.journal.waiting("compiling and first step", show=step == start):
             result = timed_step(run, step)
         p.advance(result)
         s.watchdog.beat(f"after step {p.step}")
@@ -207,9 +209,8 @@ def check_effective(s: Session) -> None:
         raise UserError("; ".join(wrong))
     compiled = f"{on['graphs']} compiled graphs ({on['graph_breaks']} breaks)" if run.cfg.compile else "not compiled"
     adamw = "fused" if on["fused_adamw"] else "unfused"
-    s.journal.say(
-        f"running: {on['dtype']} matmuls, attention {on['attention_kernel']}, {compiled}, {adamw} AdamW, {on['threads']} threads"
-    )
+    attention = on["attention_kernel"].removeprefix("scaled_dot_product_")
+    s.journal.say(f"running: {on['dtype']} matmuls, {attention}, {compiled}, {adamw} AdamW, {on['threads']} threads")
     if run.world.size > 1:
         held = ", ".join(f"{mib:,.1f}" for mib in on["state_mib"][:8]) + (", …" if run.world.size > 8 else "")
         s.journal.say(f"parameters, gradients and moments ({on['parallel']}): {held} MiB in processes 0, 1, …")
@@ -219,7 +220,7 @@ def note_outlier(s: Session, result: StepResult) -> None:
     cfg, step = s.run.cfg, s.progress.step
     if result.outlier:
         s.journal.event("outlier", step, what=result.outlier, on_outlier=cfg.on_outlier)
-        s.journal.say(f"step {step:>6}: {result.outlier}; on_outlier={cfg.on_outlier}; {s.run.outliers.count} so far")
+        s.journal.say(f"step {step:>6}: {result.outlier}; {s.run.outliers.count} so far")
 
 
 def compare_with_curve(s: Session, verdict: str) -> None:
@@ -264,7 +265,7 @@ def validate(s: Session) -> bool:
 
 
 def validation(run: Run, broken_off=lambda: False) -> dict | None:
-    """evaluate.validation() of a run, in the shapes that it trains in. None if broken_off(), asked before each batch, says so."""
+    """evaluate.validation() of a run, in the shapes that it trains in. None if broken_off(), asked before each batch."""
     cfg = run.cfg
     sizes = dict(tokens=cfg.eval_tokens, T=cfg.T, batch_size=run.micro_batch, device=run.device)
     how = dict(autocast=run.autocast, world=run.world, broken_off=broken_off)
@@ -351,8 +352,8 @@ def open_session(run: Run, watchdog: Watchdog) -> tuple[Session, list]:
     parallel.barrier()
     journal = Journal(run, out, resumed=resuming)
     journal.say(f"config of {out}:\n{configurator.describe(cfg)}")
-    for line in run.chosen:
-        journal.say(f"chosen: {line}")
+    if run.chosen:
+        journal.say(textwrap.fill(f"chosen: {'; '.join(run.chosen)}", 120, subsequent_indent="  "))
     journal.say(
         f"{run.model.n_params() / 1e6:.2f}M parameters; {len(run.batches.stream):,} tokens in {run.batches.n:,} sequences; "
         f"step = {cfg.tokens_per_step} tokens = {run.accumulation} micro-batches x {run.micro_batch} sequences x "
@@ -425,6 +426,25 @@ def train(cfg: Config) -> None:
         sys.exit(128 + ended_by)
 
 
+def load(argv: list[str]) -> Config:
+    """The settings of a run: of a config file and flags, or of a run's folder, which is then resumed. UserError if neither is
+    given."""
+    places, flags = configurator.split_positional(Config(), argv)
+    if not argv:
+        print("configs:")
+        for path in sorted(p for p in (ROOT / "config").rglob("*.py") if p.name != "__init__.py"):
+            print(f"  {path.relative_to(ROOT)!s:<40}{configurator.title_of(path)}"[:120])
+        raise UserError("give a config file or a run: python train.py config/shakespeare.py")
+    if len(places) == 1 and Path(places[0]).is_dir():
+        out = Path(places[0])
+        trained = checkpoint.read_config(checkpoint.newest(out))
+        return configurator.parse(replace(trained, resume=True, out_dir=str(out), init_from=""), flags, __doc__)
+    cfg = configurator.load(argv, __doc__)
+    if cfg.resume is True and not places and checkpoint.candidates(Path(cfg.out_dir)):  # --resume --out_dir=out/run
+        return load([cfg.out_dir, *flags])
+    return cfg
+
+
 def main(argv: list[str]) -> None:
     if argv and argv[0].partition("=")[0] == "--replay":
         place, flags = (argv[0][9:], argv[1:]) if "=" in argv[0] else ("".join(argv[1:2]), argv[2:])
@@ -439,12 +459,7 @@ def main(argv: list[str]) -> None:
         return plan.main([a for a in argv if a != "--plan"], accumulate)
     if "--record_curve" in argv:
         return curve.record([a for a in argv if a != "--record_curve"])
-    cfg = configurator.load(argv, __doc__)
-    if not argv:
-        print(
-            f"no config file: GPT-2's own sizes, {cfg.tokens_per_step:,} tokens per step (config/shakespeare.py takes minutes)"
-        )
-    train(cfg)
+    train(load(argv))
 
 
 if __name__ == "__main__":

@@ -48,14 +48,15 @@ def resume(run: Run, out: Path) -> Progress:
     say = print if run.world.is_main else lambda _: None
     folder = checkpoint.newest(out, say)
     before = checkpoint.read_config(folder)
-    if before.dataset != run.cfg.dataset:
-        raise UserError(f"{folder} was trained on {before.dataset}, not {run.cfg.dataset}: use --dataset={before.dataset}")
+    changed = configurator.diff(before, run.cfg)
+    changed = {name: values for name, values in changed.items() if name not in ("resume", "out_dir", "curve")}
     shape = set(configurator.GPTConfig.__dataclass_fields__) - {"attention", "dropout"}
-    for name, (old, new) in configurator.diff(before, run.cfg).items():
-        if name in shape:
-            raise UserError(f"{folder} was trained with {name}={old!r}, not {new!r}: use --{name}={old}")
-        if name not in ("resume", "out_dir"):
-            say(f"resuming with {name} = {new!r} (was {old!r})")
+    if fixed := [name for name in changed if name in shape | {"dataset"}]:
+        trained = ", ".join(f"{name}={changed[name][0]!r}, not {changed[name][1]!r}" for name in fixed)
+        rest = "".join(f" --{name}={new}" for name, (_, new) in changed.items() if name not in fixed)
+        raise UserError(f"{folder} was trained with {trained}, which cannot change: use python train.py {out}{rest}")
+    for name, (old, new) in changed.items():
+        say(f"resuming with {name} = {new!r} (was {old!r})")
     rates = [optim.learning_rate(c, checkpoint.step_of(folder)) for c in (before, run.cfg)]
     if rates[0] != rates[1]:
         say(f"the learning rate continues at {rates[1]:.2e}; the schedule before had {rates[0]:.2e} here")

@@ -146,18 +146,18 @@ class Journal:
         self.say(" | ".join(line))
 
     @contextlib.contextmanager
-    def waiting(self, what: str) -> Iterator[None]:
+    def waiting(self, what: str, show: bool = True) -> Iterator[None]:
         """On a terminal, show what takes so long and since when, on a line that disappears afterwards."""
         done = threading.Event()
 
-        def show() -> None:
+        def count() -> None:
             began = time.monotonic()
             while not done.wait(1.0):
                 print(f"\r{what} … {time.monotonic() - began:.0f} s", end="", file=sys.stderr, flush=True)
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
-        visible = self.run.world.is_main and sys.stderr.isatty()
-        thread = threading.Thread(target=show, daemon=True) if visible else None
+        visible = show and self.run.world.is_main and sys.stderr.isatty()
+        thread = threading.Thread(target=count, daemon=True) if visible else None
         if thread:
             thread.start()
         try:

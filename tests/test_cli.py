@@ -14,6 +14,7 @@ import prepare_data
 import sample
 import train
 from base import errors
+from base.errors import UserError
 
 SCRIPTS = (train, sample, prepare_data, evaluate, export)
 MAINS = {f"{script.__name__}.py": script.main for script in SCRIPTS}
@@ -162,6 +163,48 @@ def test_prepare_train_sample_without_a_newline_in_the_alphabet(tmp_path, tiny_r
     assert set(capsys.readouterr().out) == set("abc\n")
 
 
+@pytest.fixture
+def trained(tiny_run, tmp_path) -> str:
+    """The folder of a finished run of 6 steps."""
+    train.train(configurator.Config(**tiny_run, out_dir=str(tmp_path / "run")))
+    return str(tmp_path / "run")
+
+
+@pytest.mark.usefixtures("own_signals")
+@pytest.mark.parametrize("form", ["{run} --max_steps=8", "--resume --out_dir={run} --max_steps=8"])
+def test_a_run_knows_its_own_settings(trained, capsys, form):
+    train.main(form.format(run=trained).split())
+    assert "step      8/8" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_what_may_not_change_is_refused_in_one_message_with_a_command_that_works(trained, capsys):
+    with pytest.raises(UserError) as e:
+        train.main([trained, "--n_layer=3", "--n_head=4", "--max_steps=7", "--log_interval=1"])
+    said = str(e.value)
+    assert "n_layer=2, not 3" in said
+    assert "n_head=2, not 4" in said
+    train.main(said.partition("use python train.py ")[2].split())
+    assert "step      7/7" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_a_finished_run_says_so(trained, capsys):
+    train.main([trained])
+    assert "is finished at step 6; use --max_steps=" in capsys.readouterr().out
+
+
+def test_train_without_a_config_lists_them(capsys):
+    with pytest.raises(UserError, match="give a config file or a run"):
+        train.main([])
+    assert "config/shakespeare.py " in capsys.readouterr().out
+
+
+def test_a_run_on_another_data_set_has_a_folder_of_its_own():
+    assert configurator.load(["config/shakespeare.py"], "").out_dir == "out/shakespeare"
+    assert configurator.load(["config/shakespeare.py", "--dataset=mine"], "").out_dir == "out/mine"
+
+
 @pytest.mark.parametrize("script", MAINS)
 def test_help_is_no_error(script, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [script, "--help"])
@@ -170,7 +213,7 @@ def test_help_is_no_error(script, capsys, monkeypatch):
     shown = capsys.readouterr()
     assert not e.value.code
     assert shown.out.startswith(f"usage: {script}")
-    assert any(f"--{flag} " in shown.out for flag in ("seed", "tokenizer", "dataset", "to"))
+    assert any(f"--{flag} = " in shown.out for flag in ("seed", "tokenizer", "dataset", "to"))
     assert shown.err == ""
 
 
