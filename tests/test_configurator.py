@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import configurator
 from base.errors import UserError
+from base.settings import field_docs
 from configurator import Config, GPTConfig, load
 
 
@@ -311,7 +312,7 @@ def test_json_of_a_stranger_is_refused(text, message):
 
 
 def test_help_shows_every_setting_with_its_doc(run_script):
-    docs = configurator.field_docs(Config)
+    docs = field_docs(Config)
     assert set(docs) == {f.name for f in dataclasses.fields(Config)}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = run_script("train.py", "--help")
