@@ -47,7 +47,7 @@ from base.errors import UserError
 from base.files import write_atomically
 from configurator import GPTConfig
 from corpus import shards
-from engine import checkpoint, machine, parallel
+from engine import checkpoint, machine, parallel, restore
 from engine.parallel import World
 from model import GPT, KVCache
 from tokenizer import Tokenizer
@@ -390,9 +390,9 @@ def measure(place: str, cfg: EvalConfig) -> dict:
     say = print if is_first() else lambda _: None
     rows = hellaswag_rows(cfg.rows, say) if cfg.hellaswag else []
     run, chosen = run_folder(place)
-    folder = chosen or (checkpoint.newest(run, say) if run else None)
-    model, tokenizer = checkpoint.load_model(str(folder or place), say)
-    trained = checkpoint.read_config(folder) if folder else None
+    folder = chosen or (restore.newest(run, say) if run else None)
+    model, tokenizer = restore.load_named(str(folder or place), say)
+    trained = restore.read_config(folder) if folder else None
     dataset = open_split(cfg, trained, tokenizer) if cfg.dataset or not cfg.hellaswag else None
     block_size = model.cfg.block_size
     T = cfg.sequence_length or (trained.T if trained else block_size)

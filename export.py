@@ -27,9 +27,9 @@ def main(argv: list[str]) -> None:
     configurator.parse(ExportConfig(), flags, __doc__)
     if len(places) != 2:
         raise UserError("use python export.py out/shakespeare exported (a model, then a folder that does not exist yet)")
-    from engine import checkpoint, pretrained  # after --help
+    from engine import pretrained, restore  # after --help
 
-    model, tokenizer = checkpoint.load_model(places[0])
+    model, tokenizer = restore.load_model(places[0])
     pretrained.export_hf(model, tokenizer, Path(places[1]), print)
 
 

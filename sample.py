@@ -5,17 +5,18 @@
     python sample.py path/to/hf_dir --temperature=0           a folder in the Hugging Face layout, greedily
     python sample.py config/stages/s1_inference.py            random weights
     echo "To be" | python sample.py out/shakespeare --prompt -    the prompt from standard input
-    python sample.py out/large --draft=out/small              the same distribution, sooner: the small model proposes
-    python sample.py out/shakespeare --dtype=bfloat16 --quantize=int8    weights in fewer bits: nearly the same, sooner
+    python sample.py out/large --draft=out/small              the same distribution, faster: the small model proposes
+    python sample.py out/shakespeare --dtype=bfloat16 --quantize=int8    weights in fewer bits: nearly the same, faster
 
-The model sees at most block_size tokens. A longer prompt keeps its last block_size. Text longer than that goes on in a window:
+The model sees at most block_size tokens. A longer prompt keeps its last block_size. Longer texts continue in a window:
 whenever it is full, the oldest half is forgotten, so a new token never costs more than one position on average two.
 """
 
 import codecs
+import itertools
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,8 +25,7 @@ import torch
 from torch import Tensor
 
 import configurator
-from base import errors
-from base.errors import UserError
+from base.errors import UserError, entry
 from model import GPT, KVCache
 from tokenizer import Tokenizer
 
@@ -41,7 +41,7 @@ class SampleConfig:
     max_new_tokens: int = 200
     """how many tokens to add at most; <|endoftext|> ends a sample sooner"""
     num_samples: int = 1
-    """continuations, computed as one batch"""
+    """how many continuations, computed as one batch"""
     temperature: float = 0.8
     """divides the logits: 0 is greedy, 1 is the model's own distribution"""
     top_k: int = 200
@@ -49,17 +49,17 @@ class SampleConfig:
     top_p: float = 1.0
     """draw among the likeliest tokens that together have this probability; 1: all"""
     seed: int = 1337
-    """of the draws"""
+    """seed of the random draws"""
     kv_cache: bool = True
-    """keep keys and values of the past; False computes every position anew for each token (slow, the same text)"""
+    """keep keys and values of the past; False computes every position again for each token (slow, the same text)"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """where to compute"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """precision of the weights and of the arithmetic"""
     quantize: Literal["none", "int8", "int4"] = "none"
-    """keep the weights in fewer bits: int8 a scale per row, int4 one per 32 numbers; quantize.py says what that costs"""
+    """weights in fewer bits: int8 with a scale per row, int4 with one per 32 (variants/quantize.py says what it costs)"""
     draft: str = ""
-    """a smaller model of the same vocabulary, whose proposals the model accepts or replaces: the same distribution, sooner"""
+    """a smaller model of the same vocabulary, whose proposals the model accepts or replaces: the same distribution, faster"""
     draft_tokens: int = 4
     """how many tokens the draft proposes at a time"""
 
@@ -70,24 +70,32 @@ class SampleConfig:
         if not 0.0 < self.top_p <= 1.0:
             raise UserError(f"top_p={self.top_p} must lie in (0, 1]")
         if self.prompt and self.prompt_file:
-            raise UserError("prompt and prompt_file exclude each other: type one of them")
+            raise UserError("prompt and prompt_file exclude each other: use one of them")
         if self.quantize != "none" and self.dtype == "float32":
-            raise UserError(f"quantize={self.quantize} is for decoding in 16 bits: type --dtype=bfloat16 as well")
+            raise UserError(f"quantize={self.quantize} is for decoding in 16 bits: use --dtype=bfloat16 as well")
         if self.draft and self.num_samples > 1:
-            raise UserError(f"draft={self.draft} proposes for one sample, not {self.num_samples}: type --num_samples=1")
+            raise UserError(f"draft={self.draft} proposes for one sample, not {self.num_samples}: use --num_samples=1")
         if self.draft and not self.kv_cache:
             raise UserError(f"draft={self.draft} needs the cache: leave out --kv_cache=False")
         if self.draft_tokens != 4 and not self.draft:
-            raise UserError(f"draft_tokens={self.draft_tokens} is for a draft model: type --draft=out/smaller as well")
+            raise UserError(f"draft_tokens={self.draft_tokens} is for a draft model: use --draft=out/smaller as well")
 
 
-def next_distribution(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """(largest logit, its id), (B, 1) each; the lowest id on ties. UserError if a row has NaN, or infinity as its largest."""
+    values, ids = logits.max(1, keepdim=True)  # NaN if any of the row is
+    if not values.isfinite().all():
+        raise UserError("the model's logits are NaN or infinite: its weights are damaged, or too large for this --dtype")
+    return values, ids
+
+
+def next_distribution(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Probabilities (B, V) to draw from, given logits (B, V). temperature 0 puts all on the likeliest (lowest id on ties)."""
+    largest, best = likeliest(logits)
     if temperature == 0:
-        return torch.zeros_like(logits).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
+        return torch.zeros_like(logits).scatter_(1, best, 1.0)
     # Shifted to a maximum of 0 and divided by at least 1e-30, so that no temperature above 0 can overflow.
-    logits = logits.float()
-    logits = (logits - logits.max(1, keepdim=True).values) / max(temperature, 1e-30)
+    logits = (logits.float() - largest.float()) / max(temperature, 1e-30)
     if 0 < top_k < logits.size(1):
         values, ids = logits.topk(top_k)  # exactly k, even where logits tie
         logits = torch.full_like(logits, float("-inf")).scatter_(1, ids, values)
@@ -138,37 +146,28 @@ class DecodeState:
 
 @torch.no_grad()  # not inference_mode: sharded models (train.py writes samples) cannot be read in it
 def generate(
-    model: GPT,
-    prompt: list[int],
-    max_new_tokens: int,
-    *,
-    num_samples: int = 1,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 1337,
-    kv_cache: bool = True,
+    model: GPT, prompt: list[int], max_new_tokens: int, *, num_samples: int = 1, seed: int = 1337, kv_cache: bool = True, **how
 ) -> Iterator[Tensor]:
     """Yield the next token of each sample, (num_samples,) int64 on the CPU, max_new_tokens times.
 
-    prompt: at least one id. With or without the cache the same tokens come out: what the model sees is decided by the
-    number of tokens alone (see the top of this file).
+    prompt: at least one id. how: temperature, top_k, top_p of next_distribution(). The tokens are the same with and without
+    the cache: what the model sees depends on the number of tokens alone (see the top of this file).
     """
     past = DecodeState(model, prompt, num_samples, kv_cache)
     random = torch.Generator(device=past.seen.device).manual_seed(seed)
     for _ in range(max_new_tokens):
         logits = past.logits()[:, -1]
-        if temperature == 0:
-            token = logits.argmax(1, keepdim=True)
+        if how.get("temperature") == 0:  # no distribution is needed, which is faster
+            token = likeliest(logits)[1]
         else:
-            token = torch.multinomial(next_distribution(logits, temperature, top_k, top_p), 1, generator=random)
+            token = torch.multinomial(next_distribution(logits, **how), 1, generator=random)
         yield token[:, 0].cpu()
         past.add(token)
 
 
 @dataclass
 class SpeculationStats:
-    """How speculation went, counted while it goes."""
+    """What became of the proposals so far."""
 
     proposed: int = 0
     accepted: int = 0
@@ -184,30 +183,18 @@ class SpeculationStats:
 
 @torch.no_grad()
 def speculate(
-    model: GPT,
-    draft: GPT,
-    prompt: list[int],
-    max_new_tokens: int,
-    *,
-    draft_tokens: int = 4,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 1337,
-    counts: SpeculationStats | None = None,
+    model: GPT, draft: GPT, prompt: list[int], max_new_tokens: int, counts: SpeculationStats, draft_tokens=4, seed=1337, **how
 ) -> Iterator[Tensor]:
-    """generate() for one sample, sooner: a small draft model proposes tokens, the model reads them all in one pass.
+    """generate() for one sample, faster: a small draft model proposes tokens, the model reads them all in one pass.
 
-    A proposal x drawn from the draft's q is accepted with probability min(1, p(x) / q(x)), p being the model's; the first
-    that is not is replaced by a draw from max(0, p - q), normalised; if all are, the pass gives one more token for nothing.
+    A proposal x, drawn from the draft's q, is accepted with probability min(1, p(x) / q(x)), p being the model's. The first
+    that is not is replaced by a draw from max(0, p - q), normalised; if all are, the pass yields one token more.
     So every token has the distribution p exactly, whatever the draft (Leviathan et al. 2023, theorem in appendix A), and
     with temperature 0 the tokens are generate()'s. UserError if the vocabularies differ.
     """
-    if model.cfg.vocab_size != draft.cfg.vocab_size:
-        raise UserError(
-            f"the draft knows {draft.cfg.vocab_size} tokens, the model {model.cfg.vocab_size}: both need one vocabulary"
-        )
-    counts = counts or SpeculationStats()
+    sizes = model.cfg.vocab_size, draft.cfg.vocab_size
+    if sizes[0] != sizes[1]:
+        raise UserError(f"the model has a vocabulary of {sizes[0]}, the draft of {sizes[1]}: both need the same")
     past, ahead = DecodeState(model, prompt), DecodeState(draft, prompt)
     random = torch.Generator(device=past.seen.device).manual_seed(seed)
 
@@ -219,12 +206,12 @@ def speculate(
         n = min(draft_tokens, left - 1, past.room, ahead.room)  # no window moves under a proposal
         proposals, q = [], []
         for _ in range(n):
-            q.append(next_distribution(ahead.logits()[:, -1], temperature, top_k, top_p))
+            q.append(next_distribution(ahead.logits()[:, -1], **how))
             proposals.append(draw(q[-1]))
             ahead.add(proposals[-1])
         if proposals:
             past.add(torch.cat(proposals, dim=1))
-        p = next_distribution(past.logits(n + 1)[0], temperature, top_k, top_p).split(1)  # n + 1 times (1, V)
+        p = next_distribution(past.logits(n + 1)[0], **how).split(1)  # n + 1 times (1, V)
         chances = torch.rand(n, generator=random, device=past.seen.device)
         kept = 0
         # u < p/q, written so that it never divides; q(x) > 0, since x was drawn from it
@@ -238,8 +225,7 @@ def speculate(
         ahead.add(after)
         counts.proposed, counts.accepted, counts.passes = counts.proposed + n, counts.accepted + kept, counts.passes + 1
         left -= kept + 1
-        for token in (*proposals[:kept], after):
-            yield token[:, 0].cpu()
+        yield from (token[:, 0].cpu() for token in (*proposals[:kept], after))
 
 
 def read_prompt(cfg: SampleConfig) -> str:
@@ -254,59 +240,60 @@ def read_prompt(cfg: SampleConfig) -> str:
         raise UserError(f"cannot read prompt_file={cfg.prompt_file}: {e.strerror}") from None
 
 
+def print_samples(tokens: Iterator[Tensor], tokenizer: Tokenizer, text: str, count: int) -> None:
+    """Print a single sample while it is generated, several once all are complete."""
+    if count == 1:
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # holds back the bytes of half a character
+        print(text, end="", flush=True)
+        for token in itertools.takewhile(lambda token: token.item() != tokenizer.end_of_text, tokens):
+            print(decoder.decode(tokenizer.decode_bytes([token.item()])), end="", flush=True)
+        print(decoder.decode(b"", final=True))
+        return
+    columns = [list(ids) for ids in zip(*(row.tolist() for row in tokens), strict=True)] or [[]] * count
+    for number, ids in enumerate(columns, 1):
+        end = ids.index(tokenizer.end_of_text) if tokenizer.end_of_text in ids else len(ids)
+        print(f"--- sample {number} of {count} ---\n{text}{tokenizer.decode(ids[:end])}")
+
+
 def main(argv: list[str]) -> None:
     places, flags = configurator.split_positional(SampleConfig(), argv)
     cfg = configurator.parse(SampleConfig(), flags, __doc__)
     if len(places) != 1:
-        raise UserError('which model? type python sample.py out/shakespeare --prompt "ROMEO:" (one model, then settings)')
-    from engine import (
-        checkpoint,  # after --help
-        machine,
-    )
+        raise UserError('which model? use python sample.py out/shakespeare --prompt "ROMEO:" (one model, then settings)')
+    from engine import machine, restore  # after --help
     from kernels import decode
     from variants import quantize
 
     text = read_prompt(cfg)
     device = machine.pick_device(cfg.device)
 
-    def load(where: str) -> tuple[GPT, Tokenizer]:
-        model, tokenizer = checkpoint.load_model(where, say=lambda line: print(line, file=sys.stderr))
-        return model.to(device, machine.DTYPES[cfg.dtype]).eval(), tokenizer
+    def load(name: str, read: Callable) -> tuple[GPT, Tokenizer]:
+        model, tokenizer = read(name, say=lambda line: print(line, file=sys.stderr))
+        model = model.to(device, machine.DTYPES[cfg.dtype]).eval()
+        restore.check_finite(model, f"{name} in {cfg.dtype}")
+        return model, tokenizer
 
-    model, tokenizer = load(places[0])
+    model, tokenizer = load(places[0], restore.load_named)
     if cfg.quantize != "none":
         model = quantize.convert(model, cfg.quantize)
     model = decode.wrap(model)
     prompt = tokenizer.encode(text) or [tokenizer.start]
     if len(prompt) > model.cfg.block_size:
-        print(f"the prompt has {len(prompt)} tokens: its last {model.cfg.block_size} are used", file=sys.stderr)
+        print(f"the prompt has {len(prompt)} tokens: only its last {model.cfg.block_size} are used", file=sys.stderr)
     how = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, seed=cfg.seed)
+    counts, began = SpeculationStats(), time.perf_counter()
     if cfg.draft:
-        draft, other = load(cfg.draft)
-        draft = decode.wrap(draft)
+        draft, other = load(cfg.draft, restore.load_model)
         if other.to_json() != tokenizer.to_json():
             raise UserError(f"{cfg.draft} and {places[0]} have different vocabularies: a draft needs the model's own")
-        counts, began = SpeculationStats(), time.perf_counter()
-        tokens = speculate(model, draft, prompt, cfg.max_new_tokens, draft_tokens=cfg.draft_tokens, counts=counts, **how)
+        draft = decode.wrap(draft)
+        tokens = speculate(model, draft, prompt, cfg.max_new_tokens, counts, draft_tokens=cfg.draft_tokens, **how)
     else:
         tokens = generate(model, prompt, cfg.max_new_tokens, num_samples=cfg.num_samples, kv_cache=cfg.kv_cache, **how)
-    if cfg.num_samples == 1:
-        # a character may be spread over several tokens: hold its bytes back until it is whole
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        print(text, end="", flush=True)
-        for token in tokens:
-            if token.item() == tokenizer.end_of_text:
-                break
-            print(decoder.decode(tokenizer.decode_bytes([token.item()])), end="", flush=True)
-        print(decoder.decode(b"", final=True))
-        if cfg.draft:
-            print(counts.summary(time.perf_counter() - began), file=sys.stderr)
-        return
-    columns = torch.stack(list(tokens), dim=1).tolist() if cfg.max_new_tokens else [[]] * cfg.num_samples
-    for number, ids in enumerate(columns, 1):
-        end = ids.index(tokenizer.end_of_text) if tokenizer.end_of_text in ids else len(ids)
-        print(f"--- sample {number} of {cfg.num_samples} ---\n{text}{tokenizer.decode(ids[:end])}")
+    print_samples(tokens, tokenizer, text, cfg.num_samples)
+    if cfg.draft:
+        print(counts.summary(time.perf_counter() - began), file=sys.stderr)
 
 
 if __name__ == "__main__":
-    errors.entry(main)
+    entry(main)

@@ -8,7 +8,7 @@ import configurator
 import optim
 from base.errors import UserError
 from base.files import lock
-from engine import checkpoint, parallel
+from engine import checkpoint, parallel, restore
 from engine.journal import Progress
 from engine.run import Run
 
@@ -46,8 +46,8 @@ def claim(run: Run, out: Path, resuming: bool):
 def resume(run: Run, out: Path) -> Progress:
     """Load the newest checkpoint into the run. UserError if it is of another model or data set."""
     say = print if run.world.is_main else lambda _: None
-    folder = checkpoint.newest(out, say)
-    before = checkpoint.read_config(folder)
+    folder = restore.newest(out, say)
+    before = restore.read_config(folder)
     changed = configurator.diff(before, run.cfg)
     changed = {name: values for name, values in changed.items() if name not in ("resume", "out_dir", "curve")}
     shape = set(configurator.GPTConfig.__dataclass_fields__) - {"attention", "dropout"}
@@ -60,8 +60,8 @@ def resume(run: Run, out: Path) -> Progress:
     rates = [optim.learning_rate(c, checkpoint.step_of(folder)) for c in (before, run.cfg)]
     if rates[0] != rates[1]:
         say(f"the learning rate continues at {rates[1]:.2e}; the schedule before had {rates[0]:.2e} here")
-    checkpoint.load_weights(folder, run.model)
-    training = checkpoint.load_training(folder, run.model, run.optimizer, run.world.rank, run.device)
+    restore.load_weights(folder, run.model)
+    training = restore.load_training(folder, run.model, run.optimizer, run.world.rank, run.device)
     if training["data_sha256"] != run.dataset.sha256:
         raise UserError(f"{run.dataset.folder} has changed since {folder} was saved: prepare the same data again")
     if training["scaler"]:  # empty unless the run was in float16

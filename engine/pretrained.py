@@ -23,7 +23,7 @@ from torch import Tensor
 
 from base.download import Source
 from base.errors import UserError
-from base.files import write_atomically
+from base.files import open_regular, read_text, write_atomically
 from configurator import GPTConfig, check_sizes
 from model import GPT, GPT2_SIZES
 from tokenizer import END_OF_TEXT, GPT2_MERGES, GPT2_RANKS, BPETokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, cache_dir
@@ -139,6 +139,7 @@ def empty_model(cfg: GPTConfig) -> GPT:
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a file; UserError if it is not safetensors."""
     try:
+        open_regular(path).close()  # a FIFO would make the library wait
         return safetensors.torch.load_file(path)
     except (SafetensorError, OSError, ValueError) as e:
         raise UserError(f"{path} is not a readable safetensors file: {e}") from None
@@ -147,7 +148,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def load_hf_dir(folder: Path) -> GPT:
     """A model from a folder in the Hugging Face layout, sharded or not."""
     try:
-        cfg = config_from_hf(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        cfg = config_from_hf(json.loads(read_text(folder / "config.json")))
     except (OSError, ValueError, RecursionError) as e:
         if isinstance(e, UserError):
             raise

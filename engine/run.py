@@ -14,7 +14,7 @@ import optim
 from base.errors import UserError
 from configurator import Config
 from corpus import shards
-from engine import checkpoint, machine, parallel
+from engine import checkpoint, machine, parallel, restore
 from engine.outliers import Outliers
 from model import GPT
 
@@ -120,7 +120,7 @@ def open_data(cfg: Config) -> tuple[shards.Dataset, data.TrainBatches]:
 @torch.no_grad()
 def start_from(model: GPT, where: str) -> None:
     """Copy the weights of another model. It may have more positions (the first are taken) and other padding."""
-    cfg, (other, _) = model.cfg, checkpoint.load_model(where)
+    cfg, (other, _) = model.cfg, restore.load_model(where)
     for name in ("n_layer", "n_head", "n_embd", "vocab_size", "tie_weights"):
         if getattr(cfg, name) != getattr(other.cfg, name):
             value = getattr(other.cfg, name)

@@ -40,7 +40,7 @@ typedef struct {
     const Layer *layers;
     Norm ln_f;
     Linear head;
-    long n_layer, n_head, n_embd, positions;
+    long n_layer, n_head, n_embd, tokens, positions;
 } Model;
 
 static float to_float(uint16_t bf16) {
@@ -162,9 +162,12 @@ static void attend(const Model *m, const Layer *layer, const float *qkv, float *
     }
 }
 
-/* Logits (rows of the head) after `token` at `position`; the cache holds the positions before it, and then this one too. */
-void decode(const Model *m, long token, long position, float *logits, int threads) {
+/* Logits (rows of the head) after `token` at `position`; the cache holds the positions before it, and then this one too.
+ * Returns 0, or -1 for a token or a position that has no row: nothing is read then. */
+int decode(const Model *m, long token, long position, float *logits, int threads) {
     long C = m->n_embd;
+    if (token < 0 || token >= m->tokens || position < 0 || position >= m->positions)
+        return -1;
     float x[WIDEST], read[WIDEST], made[WIDEST];
     for (long i = 0; i < C; i++)
         x[i] = to_float(m->wte[token * C + i]) + to_float(m->wpe[position * C + i]);
@@ -186,4 +189,5 @@ void decode(const Model *m, long token, long position, float *logits, int thread
     }
     norm(&m->ln_f, x, read, C);
     linear(&m->head, read, logits, threads);
+    return 0;
 }

@@ -57,7 +57,7 @@ class _Model(Structure):
         ("layers", POINTER(_Layer)),
         ("ln_f", _Norm),
         ("head", _Linear),
-        *((name, c_long) for name in ("n_layer", "n_head", "n_embd", "positions")),
+        *((name, c_long) for name in ("n_layer", "n_head", "n_embd", "tokens", "positions")),
     ]
 
 
@@ -87,7 +87,7 @@ def build() -> ctypes.CDLL | str:
         loaded = ctypes.CDLL(str(library))
     except OSError as e:
         return f"cannot build {SOURCE.name}: {e}"
-    loaded.decode.argtypes, loaded.decode.restype = [POINTER(_Model), c_long, c_long, c_void_p, c_int], None
+    loaded.decode.argtypes, loaded.decode.restype = [POINTER(_Model), c_long, c_long, c_void_p, c_int], c_int
     return loaded
 
 
@@ -137,20 +137,22 @@ class Decoder(nn.Module):
         for n, block in enumerate(model.transformer.h):
             layers[n] = _Layer(_norm(block.ln_1), _norm(block.ln_2), *parts[4 * n : 4 * n + 4], None, None)
         wte, wpe = (model.transformer[name].weight.data_ptr() for name in ("wte", "wpe"))
-        sizes = cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.block_size
+        sizes = cfg.n_layer, cfg.n_head, cfg.n_embd, len(model.transformer.wte.weight), len(model.transformer.wpe.weight)
         self.structs = _Model(wte, wpe, layers, _norm(model.transformer.ln_f), parts[-1], *sizes)
 
     def forward(self, idx: Tensor, cache: KVCache | None = None, last_only: bool = False) -> Tensor:
-        """Logits as GPT.forward gives them, float32 from the kernel. idx (B, T)."""
+        """Logits as GPT.forward gives them, float32 from the kernel. idx (B, T). IndexError for an id without a row, as there."""
         if cache is None or idx.shape != (1, 1):
             return self.model(idx, cache=cache, last_only=last_only)
-        assert cache.length < self.cfg.block_size, "the cache is full"
         if cache is not self.cache:
             self.cache = cache
             for n in range(self.cfg.n_layer):
                 self.structs.layers[n].keys, self.structs.layers[n].values = cache.k[n].data_ptr(), cache.v[n].data_ptr()
         logits = torch.empty(self.structs.head.rows)
-        build().decode(pointer(self.structs), idx.item(), cache.length, logits.data_ptr(), torch.get_num_threads())
+        token, position = idx.item(), cache.length
+        if build().decode(pointer(self.structs), token, position, logits.data_ptr(), torch.get_num_threads()):
+            sizes = self.structs.tokens, self.structs.positions
+            raise IndexError(f"token {token} at position {position}: the model has {sizes[0]} tokens and {sizes[1]} positions")
         cache.length += 1
         return logits[: self.cfg.vocab_size].view(1, 1, -1)
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 import evaluate
 from configurator import Config
 from corpus.shards import open_dataset
-from engine import checkpoint, machine
+from engine import machine, restore
 from kernels import decode as kernel
 from model import GPT
 from sample import generate
@@ -48,7 +48,7 @@ def validate(where: str, forms: dict[str, GPT], sizes: "BenchConfig", device: to
     run, chosen = evaluate.run_folder(where)
     if not run:
         return {}
-    trained = checkpoint.read_config(chosen or checkpoint.newest(run))
+    trained = restore.read_config(chosen or restore.newest(run))
     text = open_dataset(Path(sizes.data_dir) / trained.dataset)
     how = dict(tokens=trained.T if sizes.quick else trained.eval_tokens, T=trained.T, batch_size=max(1, 512 // trained.T))
     split = text.split("val")
@@ -63,7 +63,7 @@ def measure(where: str, sizes: "BenchConfig", device: torch.device) -> dict:
     forms: dict[str, GPT] = {}
     for form in ("float32", "bfloat16", *quantize.FORMS):
         torch.manual_seed(0)
-        model = checkpoint.load_model(where, print)[0] if where else GPT(Config(n_layer=sizes.n_layer, vocab_multiple=128))
+        model = restore.load_model(where, print)[0] if where else GPT(Config(n_layer=sizes.n_layer, vocab_multiple=128))
         model = model.to(device, torch.float32 if form == "float32" else torch.bfloat16).eval()
         forms[form] = quantize.convert(model, form) if form in quantize.FORMS else model
     room = next(iter(forms.values())).cfg.block_size  # the window must not move while the clock runs

@@ -20,7 +20,7 @@ import configurator
 import optim
 from base.errors import UserError
 from configurator import Config
-from engine import checkpoint, parallel, pretrained
+from engine import checkpoint, parallel, pretrained, restore
 from engine.outliers import TrainingStopped
 from engine.run import Run, build
 
@@ -134,13 +134,13 @@ def full(t: Tensor) -> Tensor:
 
 def read_capsule(folder: Path) -> tuple[Config, dict, ReplayBatch]:
     """(configuration, what was wrong, the batch) of a verified capsule."""
-    checkpoint.verify(folder)
-    crash = checkpoint.read_training(folder).get("crash")
+    restore.verify(folder)
+    crash = restore.read_training(folder).get("crash")
     expected = {"step": int, "reason": str, "first_wrong": str, "processes": int, "micro_batch": int, "accumulation": int}
     known = isinstance(crash, dict) and all(type(crash.get(name)) is kind for name, kind in expected.items())
     if not known or not (folder / "batch.safetensors").is_file():
         raise UserError(f"{folder} is no crash capsule: type the folder that the message named, out/<run>/crash_<step>")
-    cfg, path = checkpoint.read_config(folder), folder / "batch.safetensors"
+    cfg, path = restore.read_config(folder), folder / "batch.safetensors"
     batch = pretrained.read_safetensors(path)
     for name in ("inputs", "targets"):
         t = batch.get(name)
@@ -162,10 +162,10 @@ def random_states(folder: Path) -> list[Tensor]:
 def replay(folder: Path, flags: list[str], accumulate: Callable[[Run, int], Tensor]) -> None:
     """Run the forward and backward passes of a crash capsule again, with other settings if flags are given."""
     cfg, crash, recorded = read_capsule(folder)
-    # the capsule may be untrusted: what it names is not followed
-    trusted = replace(cfg, processes=0, init_from="", curve="off", resume=False)
     cut = cfg.T, cfg.tokens_per_step
-    cfg = configurator.parse(trusted, flags, __doc__)
+    # the capsule may be untrusted: no file or name in its settings is followed, and its weights are the only ones
+    cfg = configurator.parse(replace(cfg, processes=0, curve="off", resume=False), flags, __doc__)
+    cfg = replace(cfg, init_from="")
     if (cfg.T, cfg.tokens_per_step) != cut:
         raise UserError(f"sequence_length and tokens_per_step are the capsule's, {cut[0]} and {cut[1]}: try other settings")
     run = build(cfg, recorded)
@@ -173,7 +173,7 @@ def replay(folder: Path, flags: list[str], accumulate: Callable[[Run, int], Tens
     say(f"{folder}: {crash['reason']}\nfirst wrong then: {crash['first_wrong']}")
     for line in run.chosen:
         say(f"chosen: {line}")
-    checkpoint.load_weights(folder, run.model)
+    restore.load_weights(folder, run.model)
     states = random_states(folder)
     checkpoint.set_rng_states(states[run.world.rank % len(states)], run.device)
     if run.world.size != crash["processes"] and cfg.dropout:

@@ -24,8 +24,9 @@ from random import Random
 import configurator
 from base import errors
 from base.errors import UserError
+from base.files import sha256_of
 from configurator import Config
-from engine import checkpoint
+from engine import checkpoint, restore
 
 
 def trajectory(out: Path) -> dict[int, str]:
@@ -44,7 +45,7 @@ def last_step(out: Path) -> int:
 def digest(folder: Path) -> str:
     """sha256 of all that a checkpoint would go on from: parameters, moments, random states, data cursor."""
     files = sorted([*folder.glob("*.safetensors"), folder / "training.json"])
-    return hashlib.sha256(b"".join(p.name.encode() + bytes.fromhex(checkpoint.sha256_of(p)) for p in files)).hexdigest()
+    return hashlib.sha256(b"".join(p.name.encode() + bytes.fromhex(sha256_of(p)) for p in files)).hexdigest()
 
 
 def difference(a: Path, b: Path) -> str | None:
@@ -53,7 +54,7 @@ def difference(a: Path, b: Path) -> str | None:
     for step in sorted(left.keys() | right.keys()):
         if left.get(step) != right.get(step):
             return f"step {step}: loss, gradient norm and learning rate are {left.get(step)} and {right.get(step)}"
-    ends = [checkpoint.newest(out) for out in (a, b)]
+    ends = [restore.newest(out) for out in (a, b)]
     if ends[0].name != ends[1].name:
         return f"one ends at {ends[0].name}, the other at {ends[1].name}"
     return None if digest(ends[0]) == digest(ends[1]) else f"{ends[0].name}: parameters, moments, random states or data cursor"
@@ -94,7 +95,7 @@ def prove_resume(argv: list[str]) -> None:
     try:
         print(f"1/3  {steps} steps, not interrupted (deterministic=True; a checkpoint every {whole.checkpoint_interval})")
         run(["train.py"], whole)
-        end = checkpoint.newest(Path(whole.out_dir))
+        end = restore.newest(Path(whole.out_dir))
         size = sum(p.stat().st_size for p in end.glob("*.safetensors"))
         kill_at = int(1.5 * size)
         print(f"     ended at {end.name}, sha256 {digest(end)[:16]}…")
@@ -102,7 +103,7 @@ def prove_resume(argv: list[str]) -> None:
         status = run(["prove.py", f"--kill_at_byte={kill_at}", "--"], broken)
         left = sorted(p.name for p in Path(broken.out_dir).iterdir() if p.is_dir())
         print(f"     exit status {status}; it left {', '.join(left)}")
-        print(f"3/3  resumed from {checkpoint.newest(Path(broken.out_dir)).name}")
+        print(f"3/3  resumed from {restore.newest(Path(broken.out_dir)).name}")
         run(["train.py"], replace(broken, resume=True))
         if found := difference(Path(whole.out_dir), Path(broken.out_dir)):
             raise UserError(f"NOT proved; the first difference: {found}")
@@ -147,7 +148,7 @@ def prove_kills(cfg: Config, kills: int, seed: int = 0) -> dict:
     seconds["broken"] = time.perf_counter() - began
     if found := difference(Path(whole.out_dir), out):
         raise UserError(f"NOT equal; the first difference: {found}")
-    sha256 = digest(checkpoint.newest(out))
+    sha256 = digest(restore.newest(out))
     writing = sum(bool(e["was_writing"]) for e in events)
     print(
         f"equal after {kills} kills, {writing} of them in the middle of a save: {whole.max_steps} steps, sha256 {sha256[:16]}…"

@@ -59,11 +59,9 @@ import torch  # noqa: E402
 import data  # noqa: E402
 from base import errors
 from base.errors import UserError  # noqa: E402
+from base.files import sha256_of
 from configurator import GPTConfig
-from engine import (
-    checkpoint,  # noqa: E402
-    machine,  # noqa: E402
-)
+from engine import checkpoint, machine, restore
 from model import GPT
 from safety import prove  # noqa: E402
 
@@ -284,7 +282,7 @@ def steps_saved(out: Path) -> list[int]:
     found = []
     for folder in reversed(checkpoint.candidates(out)):
         with contextlib.suppress(UserError):
-            checkpoint.verify(folder)
+            restore.verify(folder)
             found.append(int(folder.name.removeprefix("step_")))
     return found
 
@@ -292,7 +290,7 @@ def steps_saved(out: Path) -> list[int]:
 def digests(out: Path) -> dict[str, str]:
     """{checkpoint: digest of what it goes on from} of all checkpoints of a run, each of which must verify."""
     for folder in checkpoint.candidates(out):
-        checkpoint.verify(folder)
+        restore.verify(folder)
     return {folder.name: prove.digest(folder) for folder in checkpoint.candidates(out)}
 
 
@@ -305,7 +303,7 @@ def seal(folder: Path) -> None:
     path = folder / "manifest.json"
     values = json.loads(path.read_text())
     files = [p for p in sorted(folder.iterdir()) if p != path]
-    values["files"] = {p.name: {"bytes": p.stat().st_size, "sha256": checkpoint.sha256_of(p)} for p in files}
+    values["files"] = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in files}
     path.write_text(json.dumps(values))
 
 
@@ -315,7 +313,7 @@ def seal_data(folder: Path) -> None:
     values = json.loads(path.read_text())
     for entry in itertools.chain(*values["splits"].values()):
         if (folder / entry["file"]).is_file():
-            entry["sha256"] = checkpoint.sha256_of(folder / entry["file"])
+            entry["sha256"] = sha256_of(folder / entry["file"])
     path.write_text(json.dumps(values))
 
 
@@ -607,12 +605,12 @@ def bit_flipped(box: Box) -> Found:
         place = path, box.random.randrange(path.stat().st_size), box.random.randrange(8)
         flip(*place)
         try:
-            checkpoint.verify(folder)
+            restore.verify(folder)
             accepted.append(f"{path.name}, byte {place[1]}, bit {place[2]}")
         except UserError:
             pass
         flip(*place)
-    checkpoint.verify(folder)
+    restore.verify(folder)
     need(not accepted, f"{len(accepted)} of 100 were accepted: {'; '.join(accepted[:5])}")
     for path in box.some(files[:3]):
         place = path, box.random.randrange(path.stat().st_size), box.random.randrange(8)
@@ -915,7 +913,7 @@ def other_intervals(box: Box) -> Found:
         box.trained(out, **changes)
         need(prove.trajectory(out) == prove.trajectory(whole), f"{changes} changes the trajectory")
         for name in ("model.safetensors", "training.safetensors"):
-            both = [checkpoint.sha256_of(o / "step_00000024" / name) for o in (out, whole)]
+            both = [sha256_of(o / "step_00000024" / name) for o in (out, whole)]
             need(both[0] == both[1], f"{changes} changes {name}")
     return box.found(f"{box.tries} of {box.tries} the same: moments and random states as well")
 
@@ -941,7 +939,7 @@ def other_configuration(box: Box) -> Found:
 
 
 def weights_of(folder: Path) -> str:
-    return checkpoint.sha256_of(folder / "model.safetensors")
+    return sha256_of(folder / "model.safetensors")
 
 
 @fault("F18", "NaN in the loss, in a gradient", "stops before the update, weights unchanged, names step and module")

@@ -21,7 +21,7 @@ from base.errors import UserError
 from configurator import Config, GPTConfig
 from corpus import bpe
 from corpus.shards import TokenStream
-from engine import checkpoint, parallel, pretrained
+from engine import checkpoint, parallel, pretrained, restore
 from engine.parallel import World
 from engine.run import build
 from evaluate import Row, batched, encode_row, hellaswag, score_rows, validation
@@ -557,8 +557,8 @@ def test_mistakes_end_in_one_line(trained, prepared, tmp_path, gpt2_files, argv,
     if "HF" in argv:
         pretrained.save_hf_dir(GPT(GPTConfig(n_layer=1, n_head=1, n_embd=4, block_size=8)), tmp_path / "hf")
     if "NAN" in argv:
-        cfg = checkpoint.read_config(checkpoint.newest(trained))
-        model, tokenizer = checkpoint.load_model(str(trained))
+        cfg = restore.read_config(restore.newest(trained))
+        model, tokenizer = restore.load_model(str(trained))
         model.transformer.ln_f.bias.data[0] = math.nan
         tensors = checkpoint.state_tensors(model, torch.optim.AdamW(model.parameters()))
         state = checkpoint.Snapshot(1, *tensors, [torch.get_rng_state()], cfg, tokenizer, {})
@@ -579,7 +579,7 @@ def test_the_real_weights_have_their_known_answer(real_rows):
     if not torch.cuda.is_available():
         pytest.skip("HellaSwag's 10,042 rows take GPT-2 over an hour on a CPU: there type python evaluate.py gpt2 --hellaswag")
     try:
-        model, tokenizer = checkpoint.load_model("gpt2")
+        model, tokenizer = restore.load_model("gpt2")
     except UserError as e:
         pytest.skip(f"HELLASWAG'S KNOWN ANSWER IS NOT TESTED here: {e}")
     found = hellaswag(model.cuda().eval(), tokenizer, real_rows(), batch_tokens=16_384)

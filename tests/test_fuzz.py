@@ -24,7 +24,7 @@ import train
 from base.errors import UserError
 from configurator import Config
 from corpus import shards
-from engine import checkpoint, pretrained
+from engine import checkpoint, pretrained, restore
 from forecast import curve
 from model import GPT
 
@@ -145,7 +145,7 @@ def test_a_forged_checkpoint_is_refused_or_works(run, name, draw):
     with in_place_of(folder / name, content, seal=lambda: seal(folder)):
         if name != "training.json":
             with only_user_errors():
-                _, tokenizer = checkpoint.load_model(str(folder))
+                _, tokenizer = restore.load_model(str(folder))
                 tokenizer.decode([0])
         if name != "tokenizer.json":  # a run takes it from its data
             with only_user_errors():
@@ -157,8 +157,8 @@ def test_a_forged_checkpoint_is_refused_or_works(run, name, draw):
 def test_a_forged_manifest_is_refused_or_works(run, draw):
     path = Path(run.out_dir) / "step_00000002" / "manifest.json"
     with in_place_of(path, draw.draw(other(path))), only_user_errors():
-        checkpoint.verify(path.parent)
-        checkpoint.load_model(str(path.parent))
+        restore.verify(path.parent)
+        restore.load_model(str(path.parent))
 
 
 @some
@@ -172,7 +172,7 @@ def test_a_checkpoint_of_any_size_is_refused_at_once(run, name, bits, odd):
     folder = Path(run.out_dir) / "step_00000002"
     values = json.loads((folder / "config.json").read_text()) | {name: 2**bits + odd}
     with in_place_of(folder / "config.json", json.dumps(values).encode(), seal=lambda: seal(folder)), only_user_errors():
-        checkpoint.load_model(str(folder))
+        restore.load_model(str(folder))
 
 
 # ---- a crash capsule --------------------------------------------------------------------------------------------------

@@ -195,7 +195,7 @@ def test_reduced_precision_runs_through_the_cache(tiny):
 
 def speculated(model: GPT, other: GPT, prompt: list[int], n: int, **how) -> tuple[list[int], sample.SpeculationStats]:
     counts = sample.SpeculationStats()
-    return [int(t) for t in sample.speculate(model, other, prompt, n, counts=counts, **how)], counts
+    return [int(t) for t in sample.speculate(model, other, prompt, n, counts, **how)], counts
 
 
 @pytest.fixture(scope="module")
@@ -265,8 +265,8 @@ def test_speculation_adds_as_many_tokens_as_asked(model, small, n):
 
 
 def test_a_draft_of_another_vocabulary_is_refused(model, tiny):
-    with pytest.raises(UserError, match="one vocabulary"):
-        next(sample.speculate(model, build(tiny(vocab_size=64, block_size=8)), [3], 5))
+    with pytest.raises(UserError, match="vocabulary of 65, the draft of 64"):
+        next(sample.speculate(model, build(tiny(vocab_size=64, block_size=8)), [3], 5, sample.SpeculationStats()))
 
 
 # ---- the command line

@@ -29,7 +29,7 @@ import train
 from base import errors
 from base.errors import UserError
 from configurator import Config
-from engine import checkpoint, machine, parallel
+from engine import checkpoint, machine, parallel, restore
 from engine.outliers import TrainingStopped
 from engine.run import Run, build
 
@@ -60,7 +60,7 @@ def losses(cfg: Config) -> dict[int, str]:
 
 def digest(cfg: Config) -> str:
     """sha256 of the last checkpoint's weights, moments, step counters and random states."""
-    folder = checkpoint.newest(Path(cfg.out_dir))
+    folder = restore.newest(Path(cfg.out_dir))
     assert folder.name == f"step_{cfg.max_steps:08d}"
     return hashlib.sha256(b"".join((folder / f"{name}.safetensors").read_bytes() for name in ("model", "training"))).hexdigest()
 
@@ -313,7 +313,7 @@ def test_a_crash_loses_only_what_came_after_the_checkpoint(cfg, uninterrupted, i
     cfg = replace(cfg, checkpoint_interval=2)
     with pytest.raises(RuntimeError, match="power cut"):
         train.train(cfg)
-    assert checkpoint.newest(Path(cfg.out_dir)).name == f"step_{step - 1:08d}"
+    assert restore.newest(Path(cfg.out_dir)).name == f"step_{step - 1:08d}"
     train.train(replace(cfg, resume=True))
     assert losses(cfg) == losses(uninterrupted)
     assert digest(cfg) == digest(uninterrupted)
@@ -353,7 +353,7 @@ def test_two_processes_train_as_one(cfg, root, tmp_path):
 
     assert numbers(cfg, "loss") == pytest.approx(numbers(one, "loss"), rel=1e-5)
     assert numbers(cfg, "val_loss") == pytest.approx(numbers(one, "val_loss"), rel=1e-5)
-    last = [safetensors.torch.load_file(checkpoint.newest(Path(c.out_dir)) / "model.safetensors") for c in (cfg, one)]
+    last = [safetensors.torch.load_file(restore.newest(Path(c.out_dir)) / "model.safetensors") for c in (cfg, one)]
     for name in last[0]:
         torch.testing.assert_close(last[0][name], last[1][name], rtol=0, atol=1e-4)
 
@@ -379,7 +379,7 @@ def test_a_real_process_is_stopped_by_ctrl_c(cfg, root):
     assert err == ""
     last = max(losses(cfg))
     assert f"stopped by a signal after step {last}: type --resume" in out
-    assert checkpoint.newest(Path(cfg.out_dir)).name == f"step_{last:08d}"
+    assert restore.newest(Path(cfg.out_dir)).name == f"step_{last:08d}"
 
 
 # ---- an end that was asked for, or a beginning that was not -----------------------------------------------------------
@@ -462,7 +462,7 @@ def test_a_signal_does_not_wait_for_a_validation(cfg, uninterrupted, monkeypatch
     assert e.value.code == 128 + signal.SIGTERM
     assert len(seen) <= (3 if at == 3 else 11)
     assert [r["step"] for r in records(cfg) if "val_loss" in r] == ([] if at == 3 else [3])
-    assert checkpoint.newest(Path(cfg.out_dir)).name == f"step_{at:08d}"
+    assert restore.newest(Path(cfg.out_dir)).name == f"step_{at:08d}"
     train.train(replace(cfg, resume=True))
     assert losses(cfg) == losses(uninterrupted)
     assert digest(cfg) == digest(uninterrupted)

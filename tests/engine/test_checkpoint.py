@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import optim
 from base.errors import UserError
 from configurator import Config
-from engine import checkpoint, parallel
+from engine import checkpoint, parallel, restore
 from model import GPT
 from tokenizer import CharTokenizer
 
@@ -54,8 +54,8 @@ class Trained:
 
     def load(self, folder: Path) -> dict:
         """Weights, optimizer and random state, into the objects that are there."""
-        checkpoint.load_weights(folder, self.model)
-        return checkpoint.load_training(folder, self.model, self.optimizer, 0, CPU)
+        restore.load_weights(folder, self.model)
+        return restore.load_training(folder, self.model, self.optimizer, 0, CPU)
 
 
 def make(tiny, seed: int = 0, steps: int = 2, **changes) -> Trained:
@@ -97,9 +97,9 @@ def test_all_that_training_needs_comes_back_bit_for_bit(tiny, tmp_path, changes)
     drawn = torch.rand(5)  # what comes next in the saved run
     after = make(tiny, seed=1, steps=0, **changes)
     assert not same(before.model.state_dict(), after.model.state_dict())
-    checkpoint.verify(folder)
-    checkpoint.load_weights(folder, after.model)
-    training = checkpoint.load_training(folder, after.model, after.optimizer, 0, CPU)
+    restore.verify(folder)
+    restore.load_weights(folder, after.model)
+    training = restore.load_training(folder, after.model, after.optimizer, 0, CPU)
     assert training["step"] == 7
     assert training["loss"] == 1.5
     assert same(before.model.state_dict(), after.model.state_dict())
@@ -108,7 +108,7 @@ def test_all_that_training_needs_comes_back_bit_for_bit(tiny, tmp_path, changes)
     assert same(*moments)
     assert len(moments[0]) == 3 * len(list(before.model.parameters()))
     assert torch.equal(torch.rand(5), drawn)
-    assert checkpoint.read_config(folder) == before.cfg
+    assert restore.read_config(folder) == before.cfg
     assert (after.model.lm_head.weight is after.model.transformer.wte.weight) == before.cfg.tie_weights
 
 
@@ -116,17 +116,17 @@ def test_each_rank_gets_its_own_random_state_back(trained, tmp_path):
     states = [torch.Generator().manual_seed(rank).get_state() for rank in range(3)]
     folder = trained.save(tmp_path, 1, states=states)
     for rank in range(3):
-        checkpoint.load_training(folder, trained.model, trained.optimizer, rank, CPU)
+        restore.load_training(folder, trained.model, trained.optimizer, rank, CPU)
         assert torch.equal(torch.get_rng_state(), states[rank])
     torch.manual_seed(99)
-    checkpoint.load_training(folder, trained.model, trained.optimizer, 3, CPU)  # more ranks than before
+    restore.load_training(folder, trained.model, trained.optimizer, 3, CPU)  # more ranks than before
     assert torch.initial_seed() == 99
 
 
 def test_load_model_gives_the_same_logits_and_tokenizer(trained, folder):
     idx = torch.arange(20)[None]
     for where in (folder, folder.parent):
-        model, tokenizer = checkpoint.load_model(str(where))
+        model, tokenizer = restore.load_model(str(where))
         assert torch.equal(model(idx), trained.model(idx))
         assert tokenizer.to_json() == trained.tokenizer.to_json()
 
@@ -151,13 +151,13 @@ def test_damage_to_any_file_is_refused_by_name(folder, name, kind):
     if kind != "missing":
         path.write_bytes(changed.get(kind, content))
     with pytest.raises(UserError) as e:
-        checkpoint.verify(folder)
+        restore.verify(folder)
     assert "\n" not in str(e.value)
     assert str(folder) in str(e.value)
     if name != "manifest.json":
         assert name in str(e.value)
     with pytest.raises(UserError):
-        checkpoint.load_model(str(folder))
+        restore.load_model(str(folder))
 
 
 @pytest.mark.parametrize("place", range(0, 100, 7))
@@ -167,7 +167,7 @@ def test_a_flipped_bit_anywhere_in_the_weights_is_found(folder, place):
     content[len(content) * place // 100] ^= 1 << place % 8
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
-        checkpoint.verify(folder)
+        restore.verify(folder)
 
 
 def edit_manifest(folder: Path, change) -> None:
@@ -188,7 +188,7 @@ def seal(folder: Path) -> None:
         }
 
     edit_manifest(folder, fit)
-    checkpoint.verify(folder)
+    restore.verify(folder)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def seal(folder: Path) -> None:
 def test_a_forged_manifest_is_refused(folder, change, message):
     edit_manifest(folder, change)
     with pytest.raises(UserError, match=message):
-        checkpoint.verify(folder)
+        restore.verify(folder)
 
 
 def rewrite(path: Path, change) -> None:
@@ -244,7 +244,7 @@ def test_a_key_that_does_not_fit_is_named(trained, folder, file, key, kind):
 def test_a_random_state_that_is_none_is_refused(trained, folder):
     rewrite(folder / "training.safetensors", lambda t: t.update({"random.0": torch.zeros(3, dtype=torch.uint8)}))
     with pytest.raises(UserError, match=r"random\.0"):
-        checkpoint.load_training(folder, trained.model, trained.optimizer, 0, CPU)
+        restore.load_training(folder, trained.model, trained.optimizer, 0, CPU)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_a_forged_config_is_refused(folder, content):
     (folder / "config.json").write_text(content)
     seal(folder)
     with pytest.raises(UserError, match=r"config\.json"):
-        checkpoint.read_config(folder)
+        restore.read_config(folder)
 
 
 class Bomb:
@@ -277,7 +277,7 @@ def test_a_pickle_in_place_of_any_file_is_never_run(trained, folder, tmp_path, n
     else:
         (folder / name).write_bytes(how(bomb))
     seal(folder)
-    loads = [lambda: trained.load(folder), lambda: checkpoint.load_model(str(folder))]
+    loads = [lambda: trained.load(folder), lambda: restore.load_model(str(folder))]
     for load in loads if name == "model.safetensors" else loads[name != "training.safetensors" :][:1]:
         with pytest.raises(UserError, match=name):
             load()
@@ -290,21 +290,21 @@ def test_loading_never_unpickles(trained, folder, monkeypatch):
 
     for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
         monkeypatch.setattr(module, name, refuse)
-    checkpoint.load_model(str(folder))
-    checkpoint.load_training(folder, trained.model, trained.optimizer, 0, CPU)
+    restore.load_model(str(folder))
+    restore.load_training(folder, trained.model, trained.optimizer, 0, CPU)
 
 
 def test_the_newest_that_is_whole_is_taken_aloud(trained, folder):
     newer = trained.save(folder.parent, 20)
-    assert checkpoint.newest(folder.parent) == newer
+    assert restore.newest(folder.parent) == newer
     (newer / "model.safetensors").write_bytes(b"")
     said = []
-    assert checkpoint.newest(folder.parent, said.append) == folder
+    assert restore.newest(folder.parent, said.append) == folder
     assert len(said) == 1
     assert "model.safetensors" in said[0]
     (folder / "config.json").unlink()
     with pytest.raises(UserError, match=r"none of its 2 checkpoint"):
-        checkpoint.newest(folder.parent, said.append)
+        restore.newest(folder.parent, said.append)
 
 
 # ---- saving -----------------------------------------------------------------------------------------------------------
@@ -347,7 +347,7 @@ def test_a_disk_that_is_really_full_is_a_user_error(trained, folder):
 
 def test_a_run_killed_while_saving_leaves_nothing_that_loads_and_is_cleaned_up(trained, folder):
     shutil.copytree(folder, folder.parent / ".writing_step_00000020")
-    assert checkpoint.newest(folder.parent) == folder
+    assert restore.newest(folder.parent) == folder
     trained.save(folder.parent, 20)
     assert sorted(p.name for p in folder.parent.iterdir()) == ["step_00000010", "step_00000020"]
 
@@ -391,7 +391,7 @@ def test_a_step_that_is_saved_anew_is_always_there(trained, folder, killed, monk
     monkeypatch.undo()
     checkpoint.clean_up(folder.parent)
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
-    assert checkpoint.newest(folder.parent) == folder
+    assert restore.newest(folder.parent) == folder
     assert (tree(folder) == before) == (number < 3)
 
 
@@ -514,7 +514,7 @@ def test_what_changes_after_a_save_began_does_not_reach_the_file(trained, tmp_pa
         assert folder == tmp_path / "run" / f"step_{step:08d}"
         assert seconds > 0
         assert saver.wait() is None
-        checkpoint.verify(folder)
+        restore.verify(folder)
         assert same(safetensors.torch.load_file(folder / "model.safetensors"), expected[0])
         moments = safetensors.torch.load_file(folder / "training.safetensors")
         assert torch.equal(moments.pop("random.0"), states[0])
@@ -581,7 +581,7 @@ def test_a_file_of_tensors_that_no_manifest_lists_is_refused(trained, folder):
     """All *.safetensors of a folder are read as shares of one state: nobody may add one."""
     safetensors.torch.save_file({"transformer.ln_f.weight": torch.zeros(32)}, folder / "shard-00009-model.safetensors")
     with pytest.raises(UserError, match=r"shard-00009-model\.safetensors is not listed in manifest\.json"):
-        checkpoint.load_model(str(folder))
+        restore.load_model(str(folder))
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])

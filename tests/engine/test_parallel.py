@@ -29,7 +29,7 @@ import train
 from base import errors
 from base.errors import UserError
 from configurator import Config
-from engine import checkpoint, effective, machine, parallel
+from engine import checkpoint, effective, machine, parallel, restore
 from engine.run import Run, build
 from safety import capsule, prove, watchdog
 
@@ -278,7 +278,7 @@ def test_any_layout_goes_on_from_any_other(cfg, saved, tmp_path, engine, world):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout_is_a_model_to_sample_from(saved, layout):
     out, expected, _ = saved[layout]
-    model, tokenizer = checkpoint.load_model(str(out))
+    model, tokenizer = restore.load_model(str(out))
     assert equal({n: p.detach() for n, p in model.named_parameters()}, {n: expected[n] for n, _ in model.named_parameters()})
     assert (model.lm_head.weight is model.transformer.wte.weight) == model.cfg.tie_weights
     assert tokenizer.vocab_size == model.cfg.vocab_size
@@ -289,16 +289,16 @@ def test_any_layout_is_a_model_to_sample_from(saved, layout):
 def test_a_share_that_is_missing_or_damaged_is_refused(saved, layout, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(saved[layout][0], out)
-    folder = checkpoint.newest(out)
+    folder = restore.newest(out)
     shares = sorted(folder.glob("shard-*.safetensors"))
     assert len(shares) >= 2
     content = shares[1].read_bytes()
     for change in (lambda p: p.unlink(), lambda p: p.write_bytes(content[:-1] + b"x"), lambda p: p.write_bytes(content[:99])):
         change(shares[1])
         with pytest.raises(UserError, match=shares[1].name):
-            checkpoint.verify(folder)
+            restore.verify(folder)
     shares[1].write_bytes(content)
-    checkpoint.verify(folder)
+    restore.verify(folder)
 
 
 @pytest.mark.parametrize("layout", [("zero1", 2), ("fsdp", 4)])
@@ -306,9 +306,9 @@ def test_shares_that_do_not_make_a_whole_are_refused(saved, layout, tmp_path):
     """Even where the manifest was made to fit: nothing is left as it happened to be. Shares are those of no other model."""
     out = tmp_path / "run"
     shutil.copytree(saved[layout][0], out)
-    folder = checkpoint.newest(out)
+    folder = restore.newest(out)
     shares = sorted(folder.glob("shard-*.safetensors"))
-    cfg = checkpoint.read_config(folder)
+    cfg = restore.read_config(folder)
     content = [p.read_bytes() for p in shares]
     tensors = safetensors.torch.load_file(shares[1])
     with safetensors.safe_open(shares[1], "pt") as f:
@@ -319,7 +319,7 @@ def test_shares_that_do_not_make_a_whole_are_refused(saved, layout, tmp_path):
         there = {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "manifest.json"}
         manifest["files"] = {n: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in there.items()}
         (folder / "manifest.json").write_text(json.dumps(manifest))
-        checkpoint.verify(folder)
+        restore.verify(folder)
 
     def rewritten(change):
         changed, described = dict(tensors), dict(metadata or {})
@@ -345,8 +345,8 @@ def test_shares_that_do_not_make_a_whole_are_refused(saved, layout, tmp_path):
     run = build(replace(cfg, parallel="ddp"))
 
     def load():
-        checkpoint.load_weights(folder, run.model)
-        checkpoint.load_training(folder, run.model, run.optimizer, 0, CPU)
+        restore.load_weights(folder, run.model)
+        restore.load_training(folder, run.model, run.optimizer, 0, CPU)
 
     taken = []
     for number, forge in enumerate(forgeries):
@@ -419,7 +419,7 @@ def test_shared_saves_survive_a_full_disk(cfg, tmp_path, engine, where, rank):
         said = found[0].stderr + found[1].stderr
     assert "No space left on device" in said
     assert "training goes on" in said
-    assert checkpoint.newest(Path(cfg.out_dir)).name == "step_00000006"
+    assert restore.newest(Path(cfg.out_dir)).name == "step_00000006"
 
 
 def fails_at_the_end(cfg: Config) -> None:
@@ -578,7 +578,7 @@ def test_a_process_that_does_not_answer_is_named(impatient, tmp_path, silent):
         os.kill(found[silent].pid, signal.SIGCONT)
         ranks.wait(found, 20)
         assert found[silent].status not in (0, None)
-    assert checkpoint.newest(Path(impatient.out_dir)).name == "step_00000003"  # the best so far, by validation
+    assert restore.newest(Path(impatient.out_dir)).name == "step_00000003"  # the best so far, by validation
 
 
 def test_a_process_that_is_stuck_in_python_is_named_with_its_line(impatient, tmp_path):
@@ -603,7 +603,7 @@ def test_a_run_that_is_suspended_as_a_whole_goes_on_when_it_is_woken(impatient, 
             os.kill(r.pid, signal.SIGCONT)
         ranks.wait(found, 30)
         assert [r.status for r in found] == [0, 0], found[0].stderr + found[1].stderr
-    assert checkpoint.newest(Path(impatient.out_dir)).name == "step_00000006"
+    assert restore.newest(Path(impatient.out_dir)).name == "step_00000006"
 
 
 def test_a_process_alone_is_not_watched():
@@ -728,7 +728,7 @@ def test_two_machines_train_as_one_machine_with_two_processes(cfg, root, tmp_pat
     assert [a.returncode for a in agents] == [0, 0], said
     losses = [[float.fromhex(v.split()[0]) for v in prove.trajectory(Path(c.out_dir)).values()] for c in (one, cfg)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
-    ends = [dict(checkpoint.load_model(c.out_dir)[0].named_parameters()) for c in (one, cfg)]
+    ends = [dict(restore.load_model(c.out_dir)[0].named_parameters()) for c in (one, cfg)]
     for name, p in ends[0].items():
         torch.testing.assert_close(ends[1][name], p, rtol=0, atol=1e-6)
 

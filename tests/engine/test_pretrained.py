@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from base.errors import UserError
 from configurator import GPTConfig
 from corpus import bpe
-from engine import checkpoint, pretrained
+from engine import pretrained, restore
 from engine.pretrained import config_from_hf, config_to_hf, export_hf, load_hf_dir, save_hf_dir, spelled, to_hf_state
 from model import GPT, GPT2_SIZES
 from tokenizer import GPT2_MERGES, GPT2_RANKS, BPETokenizer, CharTokenizer, GPT2Tokenizer
@@ -239,7 +239,7 @@ def test_bytes_are_spelled_as_gpt2_spells_them():
 def test_an_exported_gpt2_is_read_by_us_too(tmp_path, tiny, gpt2_files):
     model = ours(tiny, vocab_size=50257)
     export_hf(model, GPT2Tokenizer(), tmp_path / "out", lambda _: None)
-    again, tokenizer = checkpoint.load_model(str(tmp_path / "out"))
+    again, tokenizer = restore.load_model(str(tmp_path / "out"))
     assert tokenizer.encode("the cat") == GPT2Tokenizer().encode("the cat")
     assert_same_logits(again.eval(), model, 50257, atol=0)
 

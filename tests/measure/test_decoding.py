@@ -10,7 +10,7 @@ import report
 import train
 from bench import BenchConfig
 from configurator import Config
-from engine import checkpoint
+from engine import restore
 from kernels import decode
 from measure import decoding
 from model import GPT
@@ -51,7 +51,7 @@ def test_a_run_is_validated_in_every_form(tiny_run, tmp_path, own_signals):
     assert losses["bfloat16"] == pytest.approx(losses["float32"], abs=0.02)
     assert losses["int8"] == pytest.approx(losses["bfloat16"], abs=0.02)
     assert losses["int4"] != losses["int8"]
-    assert checkpoint.read_config(checkpoint.newest(tmp_path / "run")).block_size == 32
+    assert restore.read_config(restore.newest(tmp_path / "run")).block_size == 32
     assert found["prompt_tokens"] + found["new_tokens"] <= 32  # the window does not move
 
 

@@ -22,7 +22,7 @@ from safety.guards import Outliers, TrainingStopped
 import train
 from base.errors import UserError
 from configurator import Config
-from engine import checkpoint
+from engine import checkpoint, restore
 from engine.run import Run, build
 from safety import capsule
 
@@ -125,7 +125,7 @@ def test_the_window_travels_with_the_run(cfg):
     train.train(replace(halves, resume=True))
     kept = []
     for c in (cfg, halves):
-        kept.append(json.loads((checkpoint.newest(Path(c.out_dir)) / "training.json").read_text())["outliers"])
+        kept.append(json.loads((restore.newest(Path(c.out_dir)) / "training.json").read_text())["outliers"])
     assert [len(k["before"]["loss"]) for k in kept] == [6, 6]
     assert kept[0]["before"]["loss"][:2] == kept[1]["before"]["loss"][:2]  # the schedules differ from the third step on
 
@@ -362,12 +362,12 @@ def test_a_bad_gradient_is_found_as_well(cfg, crash):
 def test_a_capsule_is_no_checkpoint(cfg, crash):
     _, capsule = crash(poison, checkpoint_interval=4, eval_interval=6)
     out = Path(cfg.out_dir)
-    assert checkpoint.newest(out).name == "step_00000004"
+    assert restore.newest(out).name == "step_00000004"
     assert [p.name for p in checkpoint.candidates(out)] == ["step_00000004"]
-    model, _ = checkpoint.load_model(str(out))
+    model, _ = restore.load_model(str(out))
     assert all(p.isfinite().all() for p in model.parameters())
     train.train(replace(cfg, resume=True))  # and the run can go on from before it
-    assert checkpoint.newest(out).name == "step_00000006"
+    assert restore.newest(out).name == "step_00000006"
     assert capsule.is_dir()
 
 
@@ -466,7 +466,7 @@ def test_the_capsule_of_two_processes_is_replayed_by_one(cfg, tmp_path, capsys, 
     read, crash, recorded = capsule.read_capsule(capsule)
     assert (crash["processes"], crash["micro_batch"], crash["accumulation"]) == (2, 2, 2)
     model = train.GPT(read)
-    checkpoint.load_weights(capsule, model)
+    restore.load_weights(capsule, model)
     x, y = recorded.batch(0, 0, 8, 1, 0, 1)
     assert F.cross_entropy(model(x).flatten(0, 1), y.flatten()).item() == pytest.approx(loss, rel=1e-6)
 
@@ -535,7 +535,7 @@ def test_other_folders_are_refused_in_one_line(cfg, crash, tmp_path):
     (damaged / "batch.safetensors").write_bytes(content)
     (tmp_path / "empty").mkdir()
     wrong = {
-        checkpoint.newest(Path(cfg.out_dir)): "is no crash capsule: type the folder",
+        restore.newest(Path(cfg.out_dir)): "is no crash capsule: type the folder",
         damaged: r"batch\.safetensors is damaged",
         tmp_path / "empty": "no readable manifest",
         tmp_path / "nowhere": "no readable manifest",
@@ -574,7 +574,7 @@ def test_a_forged_capsule_is_refused(cfg, crash):
         content = path.read_bytes()
         values["files"][path.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         manifest.write_text(json.dumps(values))
-        checkpoint.verify(capsule)
+        restore.verify(capsule)
         with pytest.raises(UserError) as e:
             train.main(["--replay", str(capsule)])
         assert "\n" not in str(e.value)
