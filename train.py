@@ -30,7 +30,7 @@ import sample
 from base.errors import UserError, entry, is_out_of_memory
 from base.files import ROOT
 from configurator import Config
-from engine import checkpoint, folder, machine, parallel
+from engine import checkpoint, folder, machine, parallel, restore
 from engine.effective import effective, mismatches
 from engine.journal import Journal, Progress, StepResult
 from engine.outliers import TrainingStopped
@@ -437,7 +437,7 @@ def load(argv: list[str]) -> Config:
         raise UserError("give a config file or a run: python train.py config/shakespeare.py")
     if len(places) == 1 and Path(places[0]).is_dir():
         out = Path(places[0])
-        trained = checkpoint.read_config(checkpoint.newest(out))
+        trained = restore.read_config(restore.newest(out))
         return configurator.parse(replace(trained, resume=True, out_dir=str(out), init_from=""), flags, __doc__)
     cfg = configurator.load(argv, __doc__)
     if cfg.resume is True and not places and checkpoint.candidates(Path(cfg.out_dir)):  # --resume --out_dir=out/run
