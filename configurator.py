@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from base import settings
+from base import nanogpt, settings
 from base.errors import UserError, near_name
 from base.files import ROOT
 from base.settings import Settings, check_at_least, check_types, flags, parse, split_positional  # noqa: F401
@@ -269,15 +269,20 @@ def load_file(path: str) -> Config:
         known = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "config").rglob("*.py") if p.name != "__init__.py")
         raise UserError(f"there is no config file {path}: {near_name(path, known)}")
     try:
-        config = runpy.run_path(str(found)).get("config")
+        values = runpy.run_path(str(found))
     except UserError as e:
         raise UserError(f"{path}, line {_line_in(found, e)}: {e}") from None
     except Exception as e:
         line = e.lineno if isinstance(e, SyntaxError) else _line_in(found, e)
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(e))
-        hint = f": {near_name(unknown[1], [f.name for f in fields(Config)])}" if unknown else ""
+        hint = f": {settings.meant(unknown[1], [f.name for f in fields(Config)])}" if unknown else ""
         what = f"{unknown[1]} is not a setting" if unknown else f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
         raise UserError(f"{path}, line {line}: {what}{hint}") from None
+    config = values.get("config")
+    if config is None and nanogpt.looks_like(values):
+        lines = "".join(f"    {name}={value!r},\n" for name, value in nanogpt.translated(values).items())
+        print(f"from configurator import Config\n\nconfig = Config(\n{lines})")
+        raise UserError(f"{path} is a config of nanoGPT's; its translation is printed above: save that as a config file")
     if not isinstance(config, Config):
         raise UserError(f"{path} must end with `config = Config(...)`, but its config is {type(config).__name__}")
     return config

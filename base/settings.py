@@ -16,6 +16,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from base import nanogpt
 from base.errors import UserError, near_name
 
 Settings = TypeVar("Settings")
@@ -99,13 +100,18 @@ def parse(default: Settings, argv: list[str], description: str) -> Settings:
         if not token.startswith("--"):
             raise UserError(f"{token!r} is not understood: settings are given as --name=value")
         if name not in hints:
-            raise UserError(f"--{name} is not a setting: {near_name(name, list(hints))}")
+            raise UserError(f"--{name} is not a setting: {meant(name, list(hints))}")
         if not equals:
             text = "True" if _is_flag(hints[name]) else next(tokens, None)
         if text is None:
             raise UserError(f"--{name} needs a value: use --{name}=…, {_allowed(hints[name])}")
         values[name] = _value(name, text, hints[name])
     return replace(default, **values)
+
+
+def meant(name: str, known: list[str]) -> str:
+    """What to use instead of a name that is no setting: nanoGPT's names are known, others may be near one of ours."""
+    return nanogpt.hint(name) or near_name(name, known)
 
 
 def _value(name: str, text: str, hint: Any) -> Any:

@@ -162,6 +162,31 @@ def test_a_typo_names_the_near_setting(typo, meant, config_file):
     assert "--help" in refused(["--zzzzzzzz=1"])
 
 
+@pytest.mark.parametrize(
+    ("name", "ours"), [("max_iters", "max_steps"), ("lr", "learning_rate"), ("gradient_accumulation_steps", "tokens_per_step")]
+)
+def test_a_name_of_nanogpt_is_answered_with_ours(name, ours, config_file):
+    assert ours in dir(Config)
+    for where in ([f"--{name}=1"], [config_file(f"Config({name}=1)")]):
+        assert f"nanoGPT's {name} is {ours}" in refused(where)
+
+
+def test_a_config_of_nanogpt_is_answered_with_its_translation(tmp_path, capsys):
+    """The one of its README's first example, in our words; what is printed is a config file that loads."""
+    lines = ["out_dir = 'out-x'", "eval_interval = 250", "eval_iters = 20", "wandb_log = False", "dataset = 'shakespeare_char'"]
+    lines += ["gradient_accumulation_steps = 2", "batch_size = 64", "block_size = 256", "n_layer = 6", "n_head = 6"]
+    lines += ["n_embd = 384", "dropout = 0.2", "learning_rate = 1e-3", "max_iters = 5000", "lr_decay_iters = 5000"]
+    lines += ["min_lr = 1e-4", "beta2 = 0.99", "warmup_iters = 100", "device = 'cuda:0'", "compile = False", "decay_lr = False"]
+    theirs, ours = tmp_path / "train_shakespeare_char.py", tmp_path / "ours.py"
+    theirs.write_text("\n".join(lines))
+    assert "is a config of nanoGPT's" in refused([str(theirs)])
+    ours.write_text(capsys.readouterr().out)
+    cfg = load([str(ours)], "")
+    assert (cfg.tokens_per_step, cfg.batch_size, cfg.eval_tokens) == (2 * 64 * 256, 64, 20 * 64 * 256)
+    assert (cfg.max_steps, cfg.warmup_steps, cfg.schedule, cfg.device) == (5000, 100, "constant", "cuda")
+    assert (cfg.n_layer, cfg.n_embd, cfg.dropout, cfg.beta2, cfg.compile) == (6, 384, 0.2, 0.99, False)
+
+
 def test_a_typo_in_the_file_name_names_the_near_file(root, monkeypatch):
     monkeypatch.chdir(root)
     assert "did you mean config/shakespeare.py" in refused(["config/shakespear.py"])
