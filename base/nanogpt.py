@@ -23,27 +23,6 @@ NAMES = {
 SAME = ["out_dir", "eval_interval", "log_interval", "dataset", "batch_size", "block_size", "n_layer", "n_head", "n_embd"]
 SAME += ["dropout", "bias", "learning_rate", "weight_decay", "beta1", "beta2", "grad_clip", "min_lr", "dtype", "compile"]
 SAME += ["wandb_project"]
-    "out_dir",
-    "eval_interval",
-    "log_interval",
-    "dataset",
-    "batch_size",
-    "block_size",
-    "n_layer",
-    "n_head",
-    "n_embd",
-    "dropout",
-    "bias",
-    "learning_rate",
-    "weight_decay",
-    "beta1",
-    "beta2",
-    "grad_clip",
-    "min_lr",
-    "dtype",
-    "compile",
-    "wandb_project",
-]
 
 
 def hint(name: str) -> str:
