@@ -359,6 +359,12 @@ def open_session(run: Run, watchdog: Watchdog) -> tuple[Session, list]:
         f"step = {cfg.tokens_per_step} tokens = {run.accumulation} micro-batches x {run.micro_batch} sequences x "
         f"{cfg.T} tokens x {world.size} process(es)"
     )
+    if 0 < cfg.max_steps <= cfg.warmup_steps:
+        journal.say(
+            f"warning: warmup_steps={cfg.warmup_steps} is all of max_steps={cfg.max_steps}: the learning rate never falls"
+        )
+    if cfg.compile and progress.step < cfg.max_steps:
+        journal.say("compiling in the first step: a quarter of a minute to two minutes, less at the next start")
     where = machine.describe(run.device)
     journal.write({"event": "start", "step_done": progress.step, "config": asdict(cfg), "machine": where})
     rows = evaluate.hellaswag_rows(cfg.hellaswag_rows, journal.say) if cfg.hellaswag_interval else []
