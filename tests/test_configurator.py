@@ -13,6 +13,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import configurator
+from base import nanogpt
 from base.errors import UserError
 from base.settings import field_docs
 from configurator import Config, GPTConfig, load
@@ -169,6 +170,14 @@ def test_a_name_of_nanogpt_is_answered_with_ours(name, ours, config_file):
     assert ours in dir(Config)
     for where in ([f"--{name}=1"], [config_file(f"Config({name}=1)")]):
         assert f"nanoGPT's {name} is {ours}" in refused(where)
+
+
+def test_the_page_for_those_who_come_from_nanogpt_has_every_name(root):
+    page = (root / "docs" / "from_nanogpt.md").read_text(encoding="utf-8")
+    for name, ours in nanogpt.NAMES.items():
+        assert re.search(rf"^\| `{name}` \| `?{re.escape(ours)}`? \|$", page, re.MULTILINE), name
+    assert all(f"`{name}`" in page for name in nanogpt.SAME)
+    assert set(nanogpt.SAME) <= {f.name for f in dataclasses.fields(Config)}
 
 
 def test_a_config_of_nanogpt_is_answered_with_its_translation(tmp_path, capsys):
