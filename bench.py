@@ -293,11 +293,8 @@ def load_ladder() -> list[Rung]:
 
 def cannot_be_had(cfg: Config, device: torch.device) -> str | None:
     """Why a config does not exist on this machine, or None. What only a run can tell, measure() tells."""
-    try:
-        machine.resolve(replace(cfg, device=device.type), device)
-        machine.check_fp32_precision(cfg.fp32_precision, device)
-    except UserError as e:
-        return str(e)
+    if reason := machine.not_available(cfg, device):
+        return reason
     if cfg.attention == "blocked" and device.type != "cpu":
         return "a flash kernel leaves out the scores above the diagonal already"
     there = torch.cuda.device_count() if device.type == "cuda" else system.cores()

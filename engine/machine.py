@@ -49,15 +49,15 @@ def pick_device(wanted: str) -> torch.device:
     name = next(n for n, ok in there.items() if ok) if wanted == "auto" else wanted
     if not there[name]:
         have = ", ".join(n for n, ok in there.items() if ok)
-        raise UserError(f"device={wanted} is not on this machine: type --device=auto (it has {have})")
+        raise UserError(f"device={wanted} is not available on this machine: use --device=auto (it has {have})")
     if name == "mps" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("mps trains in one process only: type python train.py …, or --device=cpu")
+        raise UserError("mps trains in one process only: run python train.py …, or use --device=cpu")
     if name != "cuda":
         return torch.device(name)
     local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if local >= count:
         raise UserError(
-            f"process {local} has no GPU, there are {count}: type torchrun --nproc_per_node={count} … or --device=cpu"
+            f"there is no GPU for local rank {local}, only {count}: use torchrun --nproc_per_node={count} … or --device=cpu"
         )
     return torch.device(name, local)
 
@@ -110,12 +110,12 @@ def set_reuse_memory() -> bool:
 
 
 def reuses_memory() -> bool:
-    """Whether a large block that was freed comes back without page faults: tries it, at most 8 times 40 MiB.
+    """Whether a large block that was freed comes back without page faults: tries it, at most 16 times 40 MiB.
 
     40, because glibc maps blocks over 32 MiB one by one whatever it has learned; several times, because a heap may first have
-    to grow until the block and its alignment fit.
+    to grow until the block and its alignment fit (9 of them, seen from heaps of many sizes).
     """
-    for _ in range(8):
+    for _ in range(16):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         try:
             torch.empty(10 * 2**20).fill_(1.0)
@@ -155,61 +155,65 @@ def set_deterministic(on: bool) -> None:
         torch.backends.cudnn.deterministic = on
 
 
-def resolve(cfg: Config, device: torch.device) -> tuple[Config, list[str]]:
-    """(cfg without any "auto", what was chosen and why). A setting asked for by name that cannot be had is a UserError."""
-    said = [f"device = {device.type}"] if cfg.device == "auto" else []
-    cfg = replace(cfg, device=device.type)
-    if cfg.dtype == "auto":
-        cfg = replace(cfg, dtype=best_dtype(device))
-        said.append(f"dtype = {cfg.dtype}" + (" (no hardware bf16 here)" if cfg.dtype != "bfloat16" else ""))
-    if cfg.dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError("dtype=bfloat16 cannot be had here: this GPU does not multiply it; type --dtype=float16")
+def why_no_reuse(device: torch.device) -> str | None:
+    """What reuse_memory lacks here, or None."""
+    return None if device.type == "cpu" and platform.libc_ver()[0] == "glibc" else "it needs a CPU and glibc"
+
+
+def not_available(cfg: Config, device: torch.device) -> str | None:
+    """Why this device cannot run a config, with the remedy; None if it can. An "auto" is never a reason. This is the one place
+    that knows before a run; what is available and still has no effect, effective() finds in the run.
+    """
+    kind = device.type
+    precisions = {"cuda": ("ieee", "tf32"), "cpu": ("ieee", "tf32", "bf16"), "mps": ("ieee",)}[kind]
+    if cfg.dtype == "bfloat16" and kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return "dtype=bfloat16 is not available: this GPU has no bf16 matmuls; use --dtype=float16"
     if cfg.parallel == "fsdp" and cfg.dtype == "float16":  # its scaler looks for overflows in each process's own share only
-        raise UserError("parallel=fsdp cannot be had with dtype=float16: type --dtype=bfloat16 or float32")
-    lacking = {
-        "compile": why_no_compile(device),
-        "fused_adamw": None,  # CUDA, MPS and CPU all have the kernel
-        "reuse_memory": None if device.type == "cpu" and platform.libc_ver()[0] == "glibc" else "it needs a CPU and glibc",
+        return "parallel=fsdp is not available with dtype=float16: use --dtype=bfloat16 or float32"
+    if cfg.fp32_precision not in precisions:
+        return f"fp32_precision={cfg.fp32_precision} is not available on {kind}: use --fp32_precision={' or '.join(precisions)}"
+    if cfg.sdpa_backend != "any" and kind != "cuda":
+        return f"sdpa_backend={cfg.sdpa_backend} is not available on {kind}, only on cuda: use --sdpa_backend=any"
+    if cfg.compile is True and (reason := why_no_compile(device)):
+        return f"compile=True is not available: {reason}; or use --compile=False"
+    if cfg.compile_mode != "default" and cfg.compile is False:
+        return f"compile_mode={cfg.compile_mode} needs --compile=True"
+    if cfg.compile_mode == "reduce-overhead" and kind != "cuda":
+        return f"compile_mode=reduce-overhead is not available on {kind}: it records CUDA graphs; use --compile_mode=default"
+    if cfg.reuse_memory is True and (reason := why_no_reuse(device)):
+        return f"reuse_memory=True is not available: {reason}; use --reuse_memory=False"
+    return None
+
+
+def resolve(cfg: Config, device: torch.device) -> tuple[Config, list[str]]:
+    """(cfg without any "auto", a line on each choice). UserError if a setting is not available on this device."""
+    dtype, no_compile, no_reuse = best_dtype(device), why_no_compile(device), why_no_reuse(device)
+    choices = {
+        "device": (device.type, None),
+        "dtype": (dtype, None if dtype == "bfloat16" else "no hardware bf16 here"),
+        "compile": (no_compile is None, no_compile),
+        "compile_scope": ("block" if cfg.parallel == "fsdp" else "model", None),
+        "fused_adamw": (True, None),  # CUDA, MPS and CPU all have the kernel
+        "reuse_memory": (no_reuse is None, no_reuse),
     }
-    if cfg.compile_mode == "reduce-overhead" and device.type != "cuda":
-        raise UserError(
-            f"compile_mode=reduce-overhead records CUDA graphs, which {device.type} has not: type --compile_mode=default"
-        )
-    for name, reason in lacking.items():
-        wanted = getattr(cfg, name)
-        if wanted is True and reason:
-            raise UserError(f"{name}=True cannot be had here: {reason}; or type --{name}=False")
-        if wanted == "auto":
-            cfg = replace(cfg, **{name: reason is None})
-            said.append(f"{name} = {reason is None}" + (f" ({reason})" if reason else ""))
-    if cfg.compile_mode != "default" and not cfg.compile:
-        raise UserError(f"compile_mode={cfg.compile_mode} needs --compile=True")
-    if cfg.compile_scope == "auto":
-        cfg = replace(cfg, compile_scope="block" if cfg.parallel == "fsdp" else "model")
-        if cfg.compile:
-            said.append(f"compile_scope = {cfg.compile_scope}")
-    return cfg, said
-
-
-def check_fp32_precision(how: str, device: torch.device) -> None:
-    """UserError if float32 matmuls cannot even be asked to be multiplied that way on this kind of device."""
-    allowed = {"cuda": ("ieee", "tf32"), "cpu": ("ieee", "tf32", "bf16"), "mps": ("ieee",)}[device.type]
-    if how not in allowed:
-        raise UserError(f"fp32_precision={how} does not exist on {device.type}: type --fp32_precision={' or '.join(allowed)}")
+    chosen = {name: choice for name, choice in choices.items() if getattr(cfg, name) == "auto"}
+    cfg = replace(cfg, **{"device": device.type} | {name: value for name, (value, _) in chosen.items()})
+    if reason := not_available(cfg, device):
+        raise UserError(reason)
+    if not cfg.compile:
+        chosen.pop("compile_scope", None)  # of nothing
+    return cfg, [f"{name} = {value}" + (f" ({why})" if why else "") for name, (value, why) in chosen.items()]
 
 
 def set_fp32_precision(how: str, device: torch.device) -> None:
     """How float32 matmuls are multiplied inside, by the current API (torch.backends.*.fp32_precision)."""
-    check_fp32_precision(how, device)
     if device.type != "mps":
         backend = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
         backend.fp32_precision = how
 
 
 def set_sdpa_backend(which: str, device: torch.device) -> None:
-    """Which fused attention kernels PyTorch may choose from on CUDA, for this process; UserError elsewhere."""
-    if which != "any" and device.type != "cuda":
-        raise UserError(f"sdpa_backend={which} exists on CUDA only, not on {device.type}: type --sdpa_backend=any")
+    """Which fused attention kernels PyTorch may choose from on CUDA, for this process."""
     if device.type == "cuda":
         torch.backends.cuda.enable_flash_sdp(which in ("any", "flash"))
         torch.backends.cuda.enable_mem_efficient_sdp(which in ("any", "efficient"))
@@ -223,7 +227,7 @@ def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextMana
 
 
 def set_up(cfg: Config, device: torch.device) -> None:
-    """Make this process what a resolved config asks for: memory, precision, attention kernels. UserError if it does not take."""
+    """Apply a resolved config to this process: memory, precision, attention kernels. UserError if malloc refuses."""
     if cfg.reuse_memory and not set_reuse_memory():
         raise UserError("reuse_memory=True has no effect: malloc refused; use --reuse_memory=False")
     set_fp32_precision(cfg.fp32_precision, device)

@@ -283,13 +283,11 @@ def rungs() -> list[dict[str, Any]]:
 
 def cannot_be_had(cfg: Config, device: torch.device) -> str | None:
     """Why this machine cannot run a config, or None. What it could run but does not, measure() finds: that is no excuse."""
-    try:
-        machine.resolve(cfg, device)
-        machine.set_fp32_precision(cfg.fp32_precision, device)
-        found = machine.fp32_precision_measured(device)  # hardware without that precision computes exactly, and says nothing
-        machine.set_fp32_precision("ieee", device)
-    except UserError as e:
-        return str(e)
+    if reason := machine.not_available(cfg, device):
+        return reason
+    machine.set_fp32_precision(cfg.fp32_precision, device)
+    found = machine.fp32_precision_measured(device)  # hardware without that precision computes exactly, and says nothing
+    machine.set_fp32_precision("ieee", device)
     if found != cfg.fp32_precision:
         return f"fp32_precision={cfg.fp32_precision} does nothing here: float32 matmuls run as {found}"
     devices = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device.type, math.inf)

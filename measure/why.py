@@ -306,11 +306,8 @@ def advise(run: Run, ms: dict[str, float], ceilings: dict, kernel_ms: float) -> 
 
     def offer(setting: str, value, saves: Callable[[Config], float], why: str) -> None:
         new = replace(cfg, **{setting: value})
-        with contextlib.suppress(UserError):  # what cannot be had here is no advice
-            machine.resolve(new, device)
-            machine.check_fp32_precision(new.fp32_precision, device)
-            if new != cfg and (saved := saves(new)) > 0:
-                found.append({"setting": f"{setting}={value}", "saves_ms": saved, "why": why})
+        if new != cfg and machine.not_available(new, device) is None and (saved := saves(new)) > 0:
+            found.append({"setting": f"{setting}={value}", "saves_ms": saved, "why": why})
 
     def moved(*parts: str) -> Callable[[Config], float]:
         def saves(new: Config) -> float:

@@ -659,34 +659,6 @@ def test_real_memory_that_runs_out_is_survived(cfg, tmp_path):
     assert loss == pytest.approx(stepped(replace(cfg, batch_size=64), 1)[0][0], rel=1e-5)
 
 
-def limited(share: float, processes: int) -> list[str]:
-    """What allocating a share of the free memory in two halves, untouched, gives before and after machine.limit_memory()."""
-    free = 1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1])
-    os.environ["LOCAL_WORLD_SIZE"] = str(processes)
-    found = []
-    for _ in range(2):
-        try:
-            held = [torch.empty(int(free * share / 2), dtype=torch.uint8) for _ in range(2)]
-            found.append("granted")
-            del held
-        except RuntimeError as e:
-            found.append("out of memory" if errors.is_out_of_memory(e) else str(e))
-        machine.limit_memory()
-    return found
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="memory can be limited on Linux only")
-@pytest.mark.parametrize(
-    ("share", "processes", "after"), [(0.7, 1, "granted"), (1.2, 1, "out of memory"), (0.7, 2, "out of memory")]
-)
-def test_more_than_is_free_is_refused_instead_of_granted(tmp_path, share, processes, after):
-    """Without it, the kernel grants what it does not have and kills whoever uses it."""
-    ((before, found),) = ranks.run(1, tmp_path / "ranks", limited, share, processes)
-    if before != "granted":
-        pytest.skip("this kernel grants no more than there is")
-    assert found == after
-
-
 def short_in_one(cfg: Config, most: int, rank: int) -> dict:
     """Two processes of which one has little memory: what each finds, and what is left of the search."""
     run = build(cfg)

@@ -1,0 +1,316 @@
+"""machine.py: what a device has is used, what it has not is refused with a remedy, and what is measured is true."""
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+
+import configurator
+from base import errors
+from base.errors import UserError
+from configurator import Config
+from engine import machine
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def cfg(tiny_run) -> Config:
+    """The tiny run with every toggle named, and in its plain form."""
+    plain = dict(attention="naive", vocab_multiple=1, fp32_precision="ieee", fused_adamw=False, prefetch=False)
+    return Config(**tiny_run | plain)
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """Enough of one for resolve(), whatever is here."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(machine, "find_spec", lambda name: name)
+
+
+# ---- settings against the device ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda", "mps"])
+@pytest.mark.parametrize("lacking", [None, "a compiler"])
+def test_nothing_stays_auto_and_each_choice_is_reported(cfg, monkeypatch, a_gpu, kind, lacking):
+    """Whatever else is chosen; and what was named stays."""
+    monkeypatch.setattr(machine, "why_no_compile", lambda device: lacking)
+    autos = ("device", "dtype", "compile", "compile_scope", "fused_adamw", "reuse_memory")
+    values = {f: ("auto", getattr(cfg, f)) for f in autos}
+    values |= dict(device=("auto", kind), compile_scope=("auto", "block"), reuse_memory=("auto", False))
+    for chosen in itertools.product(*values.values()):
+        asked = replace(cfg, **dict(zip(autos, chosen, strict=True)))
+        resolved, notes = machine.resolve(asked, torch.device(kind))
+        assert "auto" not in vars(resolved).values()
+        assert machine.not_available(resolved, torch.device(kind)) is None
+        changed = {name: new for name, (_, new) in configurator.diff(asked, resolved).items()}
+        assert all(getattr(asked, name) == "auto" for name in changed)
+        if not resolved.compile:
+            changed.pop("compile_scope", None)  # the scope of nothing
+        assert [note.partition(" (")[0] for note in notes] == [f"{name} = {changed[name]}" for name in autos if name in changed]
+    resolved, notes = machine.resolve(replace(cfg, compile="auto"), torch.device(kind))
+    assert resolved.compile is (lacking is None)
+    assert lacking is None or any(lacking in note for note in notes)
+
+
+UNAVAILABLE = [
+    ("cuda", dict(reuse_memory=True), "reuse_memory=True is not available"),
+    ("mps", dict(compile=True), "compile=True is not available"),
+    ("mps", dict(fp32_precision="tf32"), "fp32_precision=tf32 is not available on mps"),
+    ("cuda", dict(fp32_precision="bf16"), "fp32_precision=bf16 is not available on cuda"),
+    ("cpu", dict(sdpa_backend="flash"), "sdpa_backend=flash is not available on cpu"),
+    ("cpu", dict(compile=True, compile_mode="reduce-overhead"), "compile_mode=reduce-overhead is not available on cpu"),
+    ("cuda", dict(compile=False, compile_mode="reduce-overhead"), "compile_mode=reduce-overhead needs --compile=True"),
+    ("cpu", dict(parallel="fsdp", dtype="float16"), "parallel=fsdp is not available with dtype=float16"),
+]
+
+
+@pytest.mark.parametrize(("kind", "change", "message"), UNAVAILABLE)
+def test_a_setting_that_is_not_available_is_refused_with_one_that_is(cfg, monkeypatch, a_gpu, kind, change, message):
+    monkeypatch.setattr(machine.shutil, "which", lambda name: name)
+    device = torch.device(kind)
+    with pytest.raises(UserError, match=message) as e:
+        machine.resolve(replace(cfg, **change), device)
+    assert str(e.value) == machine.not_available(replace(cfg, **change), device)
+    flags = re.findall(r"--\w+=[^\s,;)]+", str(e.value))
+    remedied = configurator.parse(replace(cfg, **change), flags, "")
+    assert machine.not_available(remedied, device) is None
+
+
+def test_a_gpu_without_bf16_gets_float16(cfg, monkeypatch, a_gpu):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    gpu = torch.device("cuda")
+    assert machine.resolve(replace(cfg, dtype="auto"), gpu)[0].dtype == "float16"
+    with pytest.raises(UserError, match="use --dtype=float16"):
+        machine.resolve(replace(cfg, dtype="bfloat16"), gpu)
+
+
+def test_a_machine_without_glibc_keeps_no_memory(cfg, monkeypatch):
+    monkeypatch.setattr(machine.platform, "libc_ver", lambda: ("musl", "1.2"))
+    with pytest.raises(UserError, match=r"glibc.*--reuse_memory=False"):
+        machine.resolve(replace(cfg, reuse_memory=True), CPU)
+    assert machine.resolve(replace(cfg, reuse_memory="auto"), CPU)[0].reuse_memory is False
+
+
+def test_without_a_compiler_auto_is_eager_and_says_why(cfg, monkeypatch):
+    """The compiler that is named is the one that is used."""
+    monkeypatch.setenv("CXX", "/nonexistent -O2")
+    resolved, notes = machine.resolve(replace(cfg, compile="auto"), CPU)
+    assert resolved.compile is False
+    assert any(note.startswith("compile = False (there is no C++ compiler") for note in notes)
+    with pytest.raises(UserError, match=r"there is no C\+\+ compiler.*--compile=False"):
+        machine.resolve(replace(cfg, compile=True), CPU)
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert machine.pick_device("auto") == machine.pick_device("cpu") == CPU
+    for kind in ("cuda", "mps"):
+        with pytest.raises(UserError, match=f"device={kind} is not available on this machine: use --device=auto .it has cpu"):
+            machine.pick_device(kind)
+
+
+def test_auto_takes_the_first_device_there_is_and_a_process_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert machine.pick_device("auto") == torch.device("cuda", 3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="--nproc_per_node=2"):
+        machine.pick_device("auto")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert machine.pick_device("auto").type == "mps"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="mps trains in one process only"):
+        machine.pick_device("mps")
+
+
+# ---- what the hardware does ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("digits", "name"), [(23, "ieee"), (10, "tf32"), (7, "bf16")])
+def test_precision_is_found_from_the_error(monkeypatch, digits, name):
+    """Matmuls whose inputs are rounded to so many bits of mantissa, as the hardware does it."""
+
+    def rounded(t: torch.Tensor) -> torch.Tensor:
+        mantissa, exponent = torch.frexp(t)
+        return torch.ldexp(torch.round(mantissa * 2 ** (digits + 1)) / 2 ** (digits + 1), exponent)
+
+    plain = torch.Tensor.__matmul__
+
+    def matmul(a, b):
+        return plain(rounded(a), rounded(b)) if a.dtype == torch.float32 else plain(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", matmul)
+    assert machine.fp32_precision_measured(CPU) == name
+
+
+@pytest.mark.parametrize(
+    ("kind", "bf16", "best"), [("cuda", 1, "bfloat16"), ("cuda", 0, "float16"), ("cpu", 1, "bfloat16"), ("cpu", 0, "float32")]
+)
+def test_the_best_precision_is_one_the_hardware_multiplies(monkeypatch, kind, bf16, best):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or bool(bf16))
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(bf16))
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert machine.best_dtype(torch.device(kind)) == best
+    assert machine.best_dtype(torch.device("mps")) == "float32"
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L40", None),  # half an L40S, and no L4
+        ("NVIDIA A10", None),
+        ("AMD Instinct MI300X", None),
+    ],
+)
+def test_the_peak_is_that_of_the_longest_name_that_matches(monkeypatch, name, peak):
+    """Bytes and makers follow a name; another model's digits do not."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert machine.peak_flops(torch.device("cuda")) == peak
+    assert machine.peak_flops(CPU) is None
+
+
+# ---- memory -------------------------------------------------------------------------------------------------------------
+
+# Prints, of a fresh process, whether freed memory is reused at first and, in five forks with heaps as odd as those of real
+# programs, after set_reuse_memory().
+FRESH = """
+import os, random, sys
+from engine import machine
+print(machine.reuses_memory(), flush=True)
+for seed in range(5):
+    if os.fork() == 0:
+        sizes = random.Random(seed)
+        held = [bytearray(sizes.randrange(16, 200_000)) for _ in range(sizes.randrange(200))]
+        took = machine.set_reuse_memory()
+        print(took and machine.reuses_memory(), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+def fresh(code: str, root: Path, **env: str) -> list[str]:
+    env = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"} | env
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, encoding="utf-8", timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+needs_glibc = pytest.mark.skipif(machine.platform.libc_ver()[0] != "glibc", reason="only glibc's malloc has these settings")
+
+
+@needs_glibc
+@pytest.mark.slow
+def test_freed_memory_is_kept_once_malloc_is_set_to(root):
+    before, *after = fresh(FRESH, root)
+    assert before == "False"
+    assert after == ["True"] * 5
+
+
+@needs_glibc
+@pytest.mark.slow
+def test_huge_pages_are_not_taken_for_kept_memory(root):
+    """Faulted in 2 MiB at a time, 40 MiB are 20 faults: fewer, and still every page is zeroed anew."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.is_file() or "[never]" in setting.read_text():
+        pytest.skip("this kernel gives no huge pages")
+    code = "from engine import machine; print(machine.reuses_memory())"
+    assert fresh(code, root, THP_MEM_ALLOC_ENABLE="1") == ["False"]
+
+
+def test_memory_is_counted_in_gib():
+    """This process has torch in it: more than 0.1 GiB, and no more than the machine."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    before = machine.memory_gib(CPU)
+    assert 0.1 < before < total
+    block = torch.ones(2**25)  # 128 MiB
+    assert before <= machine.memory_gib(CPU) < before + 0.2
+    del block
+
+
+def limited(share: float, processes: int) -> list[str]:
+    """What allocating a share of the free memory in two halves, untouched, gives before and after machine.limit_memory()."""
+    free = 1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1])
+    os.environ["LOCAL_WORLD_SIZE"] = str(processes)
+    found = []
+    for _ in range(2):
+        try:
+            held = [torch.empty(int(free * share / 2), dtype=torch.uint8) for _ in range(2)]
+            found.append("granted")
+            del held
+        except RuntimeError as e:
+            found.append("out of memory" if errors.is_out_of_memory(e) else str(e))
+        machine.limit_memory()
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory can be limited on Linux only")
+@pytest.mark.parametrize(
+    ("share", "processes", "after"), [(0.7, 1, "granted"), (1.2, 1, "out of memory"), (0.7, 2, "out of memory")]
+)
+def test_more_than_is_free_is_refused_instead_of_granted(tmp_path, share, processes, after):
+    """Without it, the kernel grants what it does not have and kills whoever uses it."""
+    ((before, found),) = ranks.run(1, tmp_path / "ranks", limited, share, processes)
+    if before != "granted":
+        pytest.skip("this kernel grants no more than there is")
+    assert found == after
+
+
+# ---- what is written down of it -----------------------------------------------------------------------------------------
+
+
+def test_hardware_has_the_name_that_people_use(monkeypatch):
+    cores = len(os.sched_getaffinity(0))
+    assert machine.hardware_name(CPU).endswith(f", {cores} cores")
+    assert machine.hardware_name(CPU).partition(",")[0]
+
+    def unreadable(*args, **how):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(machine.platform, "processor", lambda: "")
+    monkeypatch.setattr(machine.platform, "machine", lambda: "arm64")
+    for text in (unreadable, lambda *a, **k: "processor : 0\nFeatures : asimd\n"):  # macOS; Linux on ARM
+        monkeypatch.setattr(Path, "read_text", text)
+        assert machine.hardware_name(CPU) == f"arm64, {cores} cores"
+
+
+def test_a_machine_is_described_in_json_values(monkeypatch):
+    where = machine.describe(CPU)
+    assert set(where) == {"hardware", "device", "threads", "python", "torch", "cuda", "system", "commit", "dirty"}
+    assert (where["device"], where["threads"]) == ("cpu", torch.get_num_threads())
+    assert all(v is None or isinstance(v, str | int | bool) for v in where.values())
+    for commit, status in (("abc1234", ""), ("abc1234", " M model.py")):
+        answers = {"rev-parse": commit + "\n", "status": status}
+        done = lambda command, answers=answers, **_: types.SimpleNamespace(returncode=0, stdout=answers[command[1]])  # noqa: E731
+        monkeypatch.setattr(machine.subprocess, "run", done)
+        assert machine.describe(CPU)["commit"] == "abc1234"
+        assert machine.describe(CPU)["dirty"] is bool(status)
+
+
+def test_a_source_tree_without_git_has_no_commit(monkeypatch):
+    def no_git(*args, **how):
+        raise FileNotFoundError("git")
+
+    for run in (no_git, lambda *a, **k: types.SimpleNamespace(returncode=128, stdout="")):
+        monkeypatch.setattr(machine.subprocess, "run", run)
+        where = machine.describe(CPU)
+        assert (where["commit"], where["dirty"]) == (None, None)
