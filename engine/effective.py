@@ -1,10 +1,8 @@
 """What is really on: read from the objects of a run, and compared with what was asked for.
 
-A toggle that silently does nothing is the characteristic bug of benchmarked code. train.py and bench.py end with an error if
+A setting that silently does nothing is the characteristic bug of benchmarked code. train.py and bench.py end with an error if
 mismatches() finds one.
 """
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,13 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import optim
 from engine import machine, parallel
-
-if TYPE_CHECKING:
-    from train import Run
+from engine.run import Run
 
 
 class _Spy(TorchDispatchMode):
-    """Notes the dtypes that matmuls read and the attention kernels that run, below autocast and autograd."""
+    """Records the dtypes that matmuls read and the attention kernels that run, below autocast and autograd."""
 
     def __init__(self):
         super().__init__()
@@ -29,19 +25,19 @@ class _Spy(TorchDispatchMode):
         if name in ("mm", "addmm", "bmm", "baddbmm"):
             self.dtypes.update(str(a.dtype).removeprefix("torch.") for a in args if isinstance(a, Tensor))
         if name in ("bmm", "baddbmm"):
-            self.rows.add(args[-2].size(-2))  # queries that are multiplied at a time
+            self.rows.add(args[-2].size(-2))  # queries multiplied at a time
         if "scaled_dot_product" in name:
             self.kernels.add(name.strip("_"))
         return func(*args, **(kwargs or {}))
 
 
-def effective(run: "Run") -> dict:
+def effective(run: Run) -> dict:
     """What is really on, read from the built objects and from a probe of them; call it after a step. Changes nothing: no
     random number is drawn, no gradient left.
     """
     model, device = run.model, run.device
     x, y = (t.to(device) for t in run.batches.batch(0, 0, 1, 1, 0, 1))
-    # in training mode, since dropout decides which kernels can run; its draws are given back
+    # in training mode, since dropout decides which kernels can run; fork_rng restores the random state
     kept = torch.random.fork_rng([device] if device.type == "cuda" else [])
     with kept, torch.compiler.set_stance("force_eager"), _Spy() as spy, run.autocast():
         model(x, y)
@@ -70,7 +66,7 @@ def effective(run: "Run") -> dict:
         "parameter_dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "processes": parallel.size(),
-        "parallel": parallel.engine_of(run.train_model, run.optimizer),
+        "parallel": parallel.parallel_of(run.train_model, run.optimizer),
         "state_mib": parallel.state_mib(run.model, run.optimizer, device),
         "micro_batch": run.micro_batch,
         "accumulation": run.accumulation,
@@ -90,7 +86,7 @@ def mode_of(stats: dict) -> str:
     return "default"
 
 
-def mismatches(run: "Run", on: dict) -> list[str]:
+def mismatches(run: Run, on: dict) -> list[str]:
     """Each setting that was asked for and is not what effective() found, with a remedy."""
     cfg = run.cfg
     speed = ("device", "dtype", "attention", "compile", "fused_adamw", "reuse_memory", "prefetch", "deterministic")
@@ -108,21 +104,21 @@ def mismatches(run: "Run", on: dict) -> list[str]:
         asked["attention"] = "naive"  # one block is all
     if cfg.attention == "sdpa" and (on["device"] == "mps" or (on["device"] == "cpu" and cfg.dropout > 0)):
         # PyTorch has no fused kernel for a CPU with dropout, and other names on mps; without one it multiplies in float32.
-        # train() says which kernel runs.
+        # train.py logs which kernel runs.
         del asked["attention"]
         asked["dtype"] = on["dtype"] if cfg.dtype in on["dtype"].split("+") else cfg.dtype
     remedies = {
-        "compile": "type --compile=False, or see TORCH_LOGS=graph_breaks",
-        "graph_breaks": "type --compile=False, or see TORCH_LOGS=graph_breaks",
-        "dtype": "type --dtype=float32",
-        "padded_vocab_size": "type --vocab_multiple=1",
-        "compile_mode": "it changes nothing here: type --compile_mode=default",
-        "attention_kernel": "that kernel does not take these shapes here: type --sdpa_backend=any",
-        "attention": "no fused attention kernel takes these shapes here: type --attention=naive",
-        "fp32_precision": "this device does not round float32 matmuls that way: type --fp32_precision=ieee",
+        "compile": "use --compile=False, or look for the cause with TORCH_LOGS=graph_breaks",
+        "graph_breaks": "use --compile=False, or look for the cause with TORCH_LOGS=graph_breaks",
+        "dtype": "use --dtype=float32",
+        "padded_vocab_size": "use --vocab_multiple=1",
+        "compile_mode": "it has no effect here: use --compile_mode=default",
+        "attention_kernel": "this kernel does not support these shapes: use --sdpa_backend=any",
+        "attention": "no fused attention kernel supports these shapes: use --attention=naive",
+        "fp32_precision": "this device does not round float32 matmuls that way: use --fp32_precision=ieee",
     }
     return [
-        f"{name}={value!r} was asked for, but {on[name]!r} is what runs: {remedies.get(name, f'type --{name}={on[name]}')}"
+        f"{name}={value!r} was asked for, but {on[name]!r} is what runs: {remedies.get(name, f'use --{name}={on[name]}')}"
         for name, value in asked.items()
         if on[name] != value
     ]

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from base.errors import UserError
@@ -25,7 +25,7 @@ class StepResult:
     grad_norm: float
     lr: float
     outlier: str | None = None  # what stood out, in words
-    seconds: float = math.nan  # filled in by who timed it
+    seconds: float = field(default=math.nan, compare=False)  # filled in by whoever timed it
 
 
 @dataclass(kw_only=True)

@@ -11,8 +11,8 @@ from configurator import Config
 
 
 class TrainingStopped(UserError):
-    """Training cannot continue; the parameters are those before step number `step` (0, 1, …), which began with these random
-    states."""
+    """Training cannot continue. The parameters are those before step number `step` (0, 1, …); random_before holds the random
+    states with which that step began."""
 
     def __init__(self, step: int, message: str, random_before: Tensor):
         super().__init__(f"step {step + 1}: {message}; the parameters are those before the step")
@@ -22,7 +22,7 @@ class TrainingStopped(UserError):
 class Outliers:
     """Finds losses and gradient norms that stand out from those of the steps before, and counts them.
 
-    The verdict is a function of numbers that all processes share, so all come to the same one.
+    The verdict depends only on numbers that are equal in all processes, so they agree on it.
     """
 
     def __init__(self, cfg: Config):
@@ -37,21 +37,21 @@ class Outliers:
             before = self.before.setdefault(name, deque(maxlen=self.window))
             if self.z and len(before) == self.window and math.isfinite(value):
                 mean, spread = statistics.fmean(before), statistics.pstdev(before)
-                # a spread of nothing (a loss that stays 0) would make anything an outlier
+                # with a spread of 0 (a constant loss) anything would be an outlier
                 z = (value - mean) / max(spread, 1e-3 * abs(mean), 1e-12)
                 if z > self.z:
                     before_it = f"the {self.window} steps before ({mean:.4g})"
                     found = f"{name} {value:.4g} is {z:.1f} standard deviations above {before_it}"
-            if math.isfinite(value):  # an outlier too: if this is how things are from now on, the mean will follow
+            if math.isfinite(value):  # outliers too: if the level has changed for good, the mean follows
                 before.append(value)
         self.count += found is not None
         return found
 
     def state(self) -> dict:
-        """For training.json, so that a resumed run judges as one that was never interrupted would."""
+        """For training.json, so that a resumed run judges like one that was never interrupted."""
         return {"count": self.count, "before": {name: list(values) for name, values in self.before.items()}}
 
     def load(self, state: dict) -> None:
-        """The reverse; values that do not fit a smaller window are the oldest."""
+        """The reverse of state(). A smaller window keeps the newest values."""
         self.count = int(state["count"])
         self.before = {name: deque(map(float, values), maxlen=self.window) for name, values in state["before"].items()}

@@ -1,13 +1,15 @@
-"""Everything that knows of more than one process: set-up, wrapping, reductions, and what to do when one of them is stuck.
+"""Several processes: how they meet, check that they agree, share out a model, and exchange numbers.
 
-`torchrun --nproc_per_node=N train.py …` starts N processes and tells each its place in environment variables. Without
+`torchrun --nproc_per_node=N train.py …` starts N processes and gives each its place in environment variables. Without
 torchrun there is one process, no process group, and every function here is the identity.
 
-The order of wrapping lives here alone: compile (train.py), then shard or replicate, then the optimizer over the result.
+The setting `parallel` decides what the processes share out besides the tokens:
 
-    ddp    every process has everything; gradients are averaged while backward runs
-    zero1  the same, but each process keeps AdamW's moments, and updates, only for its own share of the parameters
-    fsdp   each process keeps its share of every parameter, gradient and moment; a block's are gathered while it computes
+    ddp    nothing: every process has everything; gradients are averaged while backward runs
+    zero1  AdamW's moments: each process keeps, and updates, only its share of the parameters
+    fsdp   every parameter, gradient and moment; those of a block are gathered while it computes
+
+engine/run.py wraps in this order: compile, shard, replicate, then the optimizer over the result.
 """
 
 import contextlib
@@ -32,7 +34,7 @@ from base.errors import UserError
 from base.files import ROOT
 from model import GPT
 
-MEETING_SECONDS = 15  # to find the store that rank 0, or torchrun, opens: all start together, so later is never
+MEETING_SECONDS = 15  # to reach the store that rank 0, or torchrun, opens: all start together, so later is never
 REMEDY = "start all with one torchrun per machine and the same --rdzv-endpoint, on a free port"
 
 
@@ -43,7 +45,7 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    store: dist.Store | None = field(default=None, repr=False)  # small texts that all can read; None if this one is alone
+    store: dist.Store | None = field(default=None, repr=False)  # key-value store shared by all; None in a lone process
 
     @property
     def is_main(self) -> bool:
@@ -52,14 +54,14 @@ class World:
 
 
 def attempt() -> int:
-    """How often torchrun (--max-restarts) has started this run anew."""
+    """How often torchrun (--max-restarts) has restarted this run."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 @contextlib.contextmanager
 def deadline(seconds: float, message: str) -> Iterator[None]:
-    """What is not done after so many seconds ends the process with one line: torch's own client would try for minutes more,
-    and print its stack each time.
+    """End the process with one line if the block takes longer: torch's own client would try for minutes more, and print its
+    stack each time.
     """
 
     def give_up() -> None:
@@ -76,9 +78,10 @@ def deadline(seconds: float, message: str) -> Iterator[None]:
 
 
 def start(device: torch.device, timeout_minutes: float = 10.0) -> World:
-    """Join the processes torchrun started; nccl between GPUs, gloo between CPUs, whose cores they share out.
+    """Join the process group that torchrun started: nccl between GPUs, gloo between CPUs, whose cores are divided.
 
-    UserError if they do not meet. A collective fails a minute after timeout_minutes: Watch has spoken by then.
+    UserError if the processes do not find each other. A collective fails a minute after timeout_minutes: by then the watchdog
+    has reported which process is stuck.
     """
     rank, size, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if size == 1:
@@ -91,7 +94,7 @@ def start(device: torch.device, timeout_minutes: float = 10.0) -> World:
     try:
         hosting = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         wait = timedelta(minutes=timeout_minutes)
-        with deadline(MEETING_SECONDS, f"process {rank} of {size} finds nobody at {host}:{port}: {REMEDY}"):
+        with deadline(MEETING_SECONDS, f"process {rank} of {size} could not reach the rendezvous at {host}:{port}: {REMEDY}"):
             store = dist.TCPStore(host, int(port), size, hosting, timeout=wait, wait_for_workers=False)
         store = dist.PrefixStore(f"attempt_{attempt()}", store)
         patience = timedelta(minutes=timeout_minutes + 1)
@@ -100,10 +103,8 @@ def start(device: torch.device, timeout_minutes: float = 10.0) -> World:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience, device_id=where)
     except (ValueError, RuntimeError) as e:  # dist.DistError is a RuntimeError
         reason = str(e).strip().partition("\n")[0]
-        raise UserError(
-            f"process {rank} of {size} does not meet the others at {host or '(no MASTER_ADDR)'}:{port or '(no MASTER_PORT)'} "
-            f"({reason}): {REMEDY}"
-        ) from None
+        address = f"{host or '(no MASTER_ADDR)'}:{port or '(no MASTER_PORT)'}"
+        raise UserError(f"process {rank} of {size} could not join the others at {address} ({reason}): {REMEDY}") from None
     return World(rank, size, local_rank, store)
 
 
@@ -119,14 +120,14 @@ def size() -> int:
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
-    """Whether an exchange failed because another process has gone; gloo and nccl have many words for it."""
+    """Whether an exchange failed because another process has ended; gloo and nccl have many words for it."""
     return size() > 1 and bool(re.search(r"by peer|gloo|NCCL|ProcessGroup|Broken pipe|[Ss]ocket", str(error)))
 
 
 def check_same_on_all_ranks(world: World, facts: dict) -> None:
-    """UserError, the same in every process, unless all of them bring equal facts (one level of names, JSON values).
+    """UserError, the same in every process, unless the facts (one level of names, JSON values) are equal on all ranks.
 
-    Processes that were started with different settings, code or data would hang, or train a mixture of both.
+    Processes that were started with different settings, code or data would hang, or train a mixture.
     """
     if world.store is None:
         return
@@ -135,8 +136,7 @@ def check_same_on_all_ranks(world: World, facts: dict) -> None:
         different = []
         for rank in range(1, world.size):
             theirs = json.loads(world.store.get(f"facts/{rank}"))
-            names = [n for n in facts.keys() | theirs.keys() if facts.get(n) != theirs.get(n)]
-            for n in sorted(names):
+            for n in sorted(n for n in facts.keys() | theirs.keys() if facts.get(n) != theirs.get(n)):
                 different.append(f"{n} is {facts.get(n)!r} in process 0 and {theirs.get(n)!r} in process {rank}")
         world.store.set("facts/verdict", "; ".join(different[:3]))
     if verdict := world.store.get("facts/verdict").decode():
@@ -144,24 +144,25 @@ def check_same_on_all_ranks(world: World, facts: dict) -> None:
         if world.is_main:  # it may keep the store: the others must have read before it ends
             with contextlib.suppress(RuntimeError):
                 world.store.wait([f"facts/read/{rank}" for rank in range(world.size)], timedelta(seconds=10))
-        raise UserError(f"the processes were not started alike: {verdict}: start all with the same command, code and data")
+        raise UserError(f"ranks disagree: {verdict}; start all with the same command, code and data")
 
 
 def code_sha256() -> str:
-    """Of all Python and C files of this program; settings are compared by value, tests do not matter."""
+    """Of all Python and C files of the scripts and the rooms. Config files do not count, settings are compared by value."""
     rooms = [p.parent for p in ROOT.glob("*/__init__.py") if p.parent.name not in ("tests", "config")]
-    files = sorted(p for place in (ROOT, *rooms) for p in place.glob("*.[pc]*") if p.suffix in (".py", ".c"))
+    found = [*ROOT.glob("*.py"), *(p for room in rooms for p in room.rglob("*"))]
+    files = sorted(p for p in found if p.suffix in (".py", ".c"))
     content = (str(p.relative_to(ROOT)).encode() + b"\0" + hashlib.sha256(p.read_bytes()).digest() for p in files)
     return hashlib.sha256(b"".join(content)).hexdigest()[:16]
 
 
-# ---- engines ----------------------------------------------------------------------------------------------------------
+# ---- sharding and replicating ------------------------------------------------------------------------------------------
 
 
-def shard(model: GPT, engine: str, world: World, device: torch.device) -> None:
+def shard(model: GPT, how: str, world: World, device: torch.device) -> None:
     """Under fsdp, leave each process its share of every parameter, in place. Block by block, so that no more than one
     block (and the embeddings) is ever whole."""
-    if engine == "fsdp" and world.size > 1:
+    if how == "fsdp" and world.size > 1:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard  # half a second, for those who shard
 
@@ -171,33 +172,31 @@ def shard(model: GPT, engine: str, world: World, device: torch.device) -> None:
         fully_shard(model, mesh=mesh, reshard_after_forward=True)  # or a look at the weights between steps finds them whole
 
 
-def replicate(model: nn.Module, engine: str, world: World, device: torch.device) -> nn.Module:
+def replicate(model: nn.Module, how: str, world: World, device: torch.device) -> nn.Module:
     """Replicate a (compiled) model, unless it is sharded: gradients are averaged over the processes while backward runs."""
-    if world.size == 1 or engine == "fsdp":
+    if world.size == 1 or how == "fsdp":
         return model
     return DDP(model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
 
 
 def state_mib(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> list[float]:
-    """What each process keeps from step to step, parameters, gradients and moments, in MiB."""
+    """MiB of parameters, gradients and moments that each process holds, in rank order."""
     moments = [t for state in optim.inner_optimizer(optimizer).state.values() for t in state.values()]
-    weights = [optim.local_shard(p) for p in model.parameters()]
-    size = sum(
-        optim.local_shard(t).numel() * t.element_size() for t in [*weights, *weights, *moments]
-    )  # a gradient is as large
+    held = [*model.parameters(), *model.parameters(), *moments]  # twice: a gradient is as large as its parameter
+    size = sum(optim.local_shard(t).numel() * t.element_size() for t in held)
     return [round(part.item(), 2) for part in gather(torch.tensor(size / 2**20, device=device))]
 
 
-def shares_state(net: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
+def shares_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
     """Whether each process has only its share of the state, so that all must write it."""
-    return optim.is_sharded(net) or optim.shards_state(optimizer)
+    return optim.is_sharded(model) or optim.shards_state(optimizer)
 
 
-def engine_of(net: nn.Module, optimizer: torch.optim.Optimizer) -> str:
-    """The engine, read back from what it has made; of one process, any will do."""
-    if optim.is_sharded(net):
+def parallel_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    """The setting `parallel`, read back from the objects; "none" if several processes share nothing, not even gradients."""
+    if optim.is_sharded(model):
         return "fsdp"
-    if size() > 1 and not isinstance(net, DDP):
+    if size() > 1 and not isinstance(model, DDP):
         return "none"
     return "zero1" if optim.shards_state(optimizer) else "ddp"
 
@@ -221,7 +220,7 @@ def all_reduce_sum(value: Tensor) -> Tensor:
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is up in some process; every process gets the same answer."""
+    """Whether the flag is set in any process; every process gets the same answer."""
     return all_reduce_sum(torch.tensor(float(flag), device=device)).item() > 0 if dist.is_initialized() else flag
 
 
@@ -235,7 +234,7 @@ def gather(value: Tensor) -> list[Tensor]:
 
 
 def barrier() -> None:
-    """Return once every process has come here."""
+    """Return once every process has called this."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -244,7 +243,7 @@ def barrier() -> None:
 def different_replicas(model: nn.Module) -> list[str]:
     """["transformer.wte.weight in process 1", …]: parameters whose bits are not those of process 0. Compares 8 bytes each.
 
-    The sum of the bits taken as integers: any single change shows. Sharded models have no replicas.
+    The checksum is the sum of the bits as integers: any single change shows. Sharded models have no replicas.
     """
     if not dist.is_initialized() or optim.is_sharded(model):
         return []

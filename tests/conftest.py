@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import hypothesis
@@ -100,9 +101,45 @@ def own_signals():
         signal.signal(number, handler)
 
 
+@pytest.fixture
+def cfg(tiny_run, tmp_path):
+    """The tiny run, into a fresh folder; with dropout, so that random numbers matter."""
+    from configurator import Config
+
+    return Config(**tiny_run, out_dir=str(tmp_path / "run"), dropout=0.1)
+
+
+@pytest.fixture
+def uninterrupted(cfg, tmp_path):
+    """The run of cfg as it is when nothing happens to it: its config, with another folder."""
+    import train
+
+    whole = replace(cfg, out_dir=str(tmp_path / "whole"))
+    train.train(whole)
+    return whole
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """interrupt(step, action) -> during that step (1, 2, …) of training the action happens, once."""
+    import train
+
+    def arrange(step: int, action):
+        plain, pending = train.train_step, [action]
+
+        def train_step(run, number):
+            if number == step - 1 and pending:
+                pending.pop()()
+            return plain(run, number)
+
+        monkeypatch.setattr(train, "train_step", train_step)
+
+    return arrange
+
+
 @pytest.fixture(scope="session")
 def gpt2_files():
-    """Skip, aloud, where GPT-2's vocabulary can be had neither from its address nor from the package index."""
+    """Skip, with a message, where GPT-2's vocabulary is available neither from its address nor from the package index."""
     import tokenizer
     from base.errors import UserError
 

@@ -1239,7 +1239,7 @@ def different_settings(box: Box) -> Found:
             for rank in range(2)
         ]
         for process in both:
-            box.fails(process, "not started alike", f"{word} is", "in process 1")
+            box.fails(process, "ranks disagree", f"{word} is", "in process 1")
         need(not out.exists(), "a run was begun")
     return box.found(f"{box.tries} of {box.tries} refused by both processes")
 
@@ -1337,7 +1337,7 @@ def no_compiler(box: Box) -> Found:
     on = next(r["effective"] for r in log(out) if "effective" in r)
     need(on["compile"] is False, "effective() says it was compiled")
     box.same(box.whole(), out)
-    box.refused(box.folder / "by_name", "compile=True cannot be had here", "--compile=False", env=bare, compile=True)
+    box.refused(box.folder / "by_name", "compile=True is not available", "--compile=False", env=bare, compile=True)
     return box.found("auto trains eagerly, says so, and is bit for bit the eager run; compile=True says what to install")
 
 

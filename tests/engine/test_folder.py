@@ -1,0 +1,153 @@
+"""The folder of a run: what may go there, what is resumed from it, and saves that fail."""
+
+import json
+import re
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from runs import assert_same, contents, events, losses
+
+import train
+from base.errors import UserError
+from engine import checkpoint
+
+pytestmark = pytest.mark.usefixtures("own_signals")
+
+
+# ---- where a run goes -------------------------------------------------------------------------------------------------
+
+
+def test_an_earlier_run_is_moved_aside_with_a_message(cfg, capsys):
+    out = Path(cfg.out_dir)
+    for number in range(3):
+        train.train(replace(cfg, seed=number))
+        said = capsys.readouterr().out
+        assert ("moved to" in said) == (number > 0)
+    seeds = [json.loads((p / "config.json").read_text())["seed"] for p in (out.with_name("run.1"), out.with_name("run.2"), out)]
+    assert seeds == [0, 1, 2]
+
+
+def test_a_folder_that_is_no_run_is_refused_and_left_alone(cfg):
+    out = Path(cfg.out_dir)
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="not a run: use --out_dir"):
+        train.train(cfg)
+    assert contents(out) == {"thesis.txt": b"years of work"}
+
+
+def test_a_folder_that_cannot_be_is_found_before_the_first_step(cfg, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write to out_dir"):
+        train.train(replace(cfg, out_dir=str(tmp_path / "file" / "run")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_layer": 1, "resume": True}, r"trained with n_layer=2, not 1: use --n_layer=2"),
+        ({"tie_weights": False, "resume": True}, r"tie_weights=True"),
+        ({"wandb": "online"}, "pip install wandb"),
+        ({"wandb": "online", "resume": True}, "pip install wandb"),
+    ],
+)
+def test_a_run_that_is_refused_leaves_the_earlier_one_as_it_was(cfg, monkeypatch, changes, message):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    train.train(cfg)
+    before = contents(Path(cfg.out_dir).parent)
+    with pytest.raises(UserError, match=message):
+        train.train(replace(cfg, **changes))
+    assert contents(Path(cfg.out_dir).parent) == before
+
+
+def test_resuming_nothing_is_refused_and_does_not_block_a_fresh_start(cfg):
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        train.train(replace(cfg, resume=True))
+    train.train(cfg)
+    assert max(losses(cfg)) == 6
+
+
+def test_other_data_is_refused_on_resuming(cfg, tmp_path, text):
+    import prepare_data
+
+    train.train(cfg)
+    (tmp_path / "tiny.txt").write_text(text[::-1])
+    prepare_data.main([str(tmp_path / "tiny.txt"), "--tokenizer=char", f"--data_dir={tmp_path}"])
+    with pytest.raises(UserError, match="has changed since"):
+        train.train(replace(cfg, resume=True, data_dir=str(tmp_path)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("before", ["float32", "float16"])
+def test_a_run_can_resume_in_another_precision(cfg, before, dtype, capsys):
+    train.train(replace(cfg, dtype=before))
+    capsys.readouterr()
+    train.train(replace(cfg, dtype=dtype, resume=True, max_steps=8))
+    assert max(losses(cfg)) == 8
+    assert (f"resuming with dtype = '{dtype}'" in capsys.readouterr().out) == (dtype != before)
+
+
+@pytest.mark.parametrize("resume", [True, "auto"])
+def test_what_a_killed_save_left_is_put_right_on_resuming(cfg, resume):
+    train.train(replace(cfg, max_steps=3))
+    out = Path(cfg.out_dir)
+    shutil.copytree(out / "step_00000003", out / ".writing_step_00000006")
+    shutil.copytree(out / "step_00000003", out / ".replaced_step_00000002")
+    train.train(replace(cfg, resume=resume, keep_checkpoints=9))
+    assert sorted(p.name for p in out.iterdir() if p.is_dir()) == ["step_00000002", "step_00000003", "step_00000006"]
+
+
+# ---- saves that fail --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """full_disk(step): the checkpoint of that step cannot be written."""
+
+    def arrange(step: int) -> None:
+        plain = checkpoint.write_config
+
+        def write_config(folder, cfg):
+            if f"{step:08d}" in folder.name:
+                raise OSError(28, "No space left on device")
+            plain(folder, cfg)
+
+        monkeypatch.setattr(checkpoint, "write_config", write_config)
+
+    return arrange
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_save_that_fails_is_a_warning_and_training_continues(cfg, uninterrupted, full_disk, capsys, background):
+    full_disk(4)
+    cfg = replace(cfg, checkpoint_interval=2, eval_interval=6, background_save=background)
+    train.train(cfg)
+    assert re.search(r"WARNING: cannot save .*No space left on device.*; training continues", capsys.readouterr().err)
+    assert [c.name for c in checkpoint.candidates(Path(cfg.out_dir))] == ["step_00000006", "step_00000002"]
+    assert [r["reason"].count("No space left") for r in events(cfg, "save_failed")] == [1]
+    assert [r["step_done"] for r in events(cfg, "saved")] == [2, 6]
+    assert_same(cfg, uninterrupted)
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_last_save_that_fails_is_an_error(cfg, full_disk, background):
+    full_disk(6)
+    cfg = replace(cfg, checkpoint_interval=4, eval_interval=6, background_save=background)
+    with pytest.raises(UserError, match="No space left on device"):
+        train.train(cfg)
+    assert [c.name for c in checkpoint.candidates(Path(cfg.out_dir))] == ["step_00000004"]
+    assert [r["step_done"] for r in events(cfg, "saved")] == [4]
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_each_save_is_logged(cfg, capsys, background):
+    train.train(replace(cfg, background_save=background))
+    said = capsys.readouterr().out
+    saved = events(cfg, "saved")
+    assert [r["step_done"] for r in saved] == [3, 6]
+    assert all(r["save_ms"] > 0 for r in saved)
+    for step in (3, 6):
+        assert f"saved {cfg.out_dir}/step_{step:08d} in " in said

@@ -1,0 +1,167 @@
+"""run.py: what is built, and a micro-batch that adapts to the memory that there is."""
+
+import re
+import resource
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+from runs import assert_same, events, records, weights
+
+import optim
+import train
+from base import errors
+from configurator import Config
+from engine.run import Run, build
+
+pytestmark = pytest.mark.usefixtures("own_signals")
+
+
+# ---- too little memory ------------------------------------------------------------------------------------------------
+
+MESSAGES = [
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.",
+    "CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has a total capacity of …",
+]
+
+
+@pytest.fixture
+def short_of_memory(monkeypatch):
+    """short_of_memory(most, …): from some micro-batch of some step on, those of more sequences do not fit."""
+
+    def arrange(most: int, since: tuple[int, int] = (0, 0), where: str = "forward", message: str = MESSAGES[0]) -> None:
+        read, now = Run.next_batch, [(0, 0)]
+
+        def next_batch(run, step, micro):
+            now[0] = step, micro
+            return read(run, step, micro)
+
+        def too_much(*_):
+            raise RuntimeError(message)
+
+        def forward(model, args, loss):
+            if now[0] >= since and args[0].size(0) > most and loss.requires_grad:
+                too_much() if where == "forward" else loss.register_hook(too_much)
+
+        def tight(cfg):
+            run = build(cfg)
+            run.model.register_forward_hook(forward)
+            return run
+
+        monkeypatch.setattr(train, "build", tight)
+        monkeypatch.setattr(Run, "next_batch", next_batch)
+
+    return arrange
+
+
+@pytest.mark.parametrize("batch_size", [8, "auto"])
+@pytest.mark.parametrize(("most", "fits"), [(7, 4), (3, 2), (1, 1)])
+def test_out_of_memory_is_the_same_run_in_smaller_micro_batches(
+    cfg, tmp_path, short_of_memory, monkeypatch, capsys, most, fits, batch_size
+):
+    """Losses, norms, weights, moments and dropout: in hex those of the run that had begun so."""
+    small = replace(cfg, batch_size=fits, out_dir=str(tmp_path / "small"))
+    train.train(small)
+    capsys.readouterr()
+    with monkeypatch.context():
+        short_of_memory(most)
+        train.train(replace(cfg, batch_size=batch_size))
+    said = capsys.readouterr().out
+    for size in [s for s in (8, 4, 2) if s > fits]:
+        assert f"out of memory with micro-batches of {size} sequences" in said
+    assert f"repeating the step as {8 // fits} x {fits}; use --batch_size={fits} to start with that" in said
+    assert [(r["step_done"], r["micro_batch"]) for r in events(cfg, "out_of_memory")] == [(1, fits)]
+    on = next(r["effective"] for r in records(cfg) if "effective" in r)
+    assert (on["micro_batch"], on["accumulation"]) == (fits, 8 // fits)
+    assert_same(cfg, small)
+
+
+def test_as_much_as_fits_is_the_whole_share(cfg, capsys):
+    train.train(replace(cfg, batch_size="auto", tokens_per_step=32 * 12))
+    said = capsys.readouterr().out
+    assert "chosen: batch_size = 12, the whole share of a process; halved until it fits" in said
+    assert "1 micro-batches x 12 sequences" in said
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("message", MESSAGES, ids=["cpu", "cuda"])
+def test_memory_may_run_out_in_the_middle_of_a_step(cfg, tmp_path, short_of_memory, where, message):
+    """In its second micro-batch, of a later step: what the first has added to the gradients does not count twice. From there
+    on it is the run that was resumed there with smaller ones."""
+    cfg = replace(cfg, max_steps=5, eval_interval=5, schedule="constant")
+    other = replace(cfg, out_dir=str(tmp_path / "other"))
+    train.train(replace(other, max_steps=3))
+    train.train(replace(other, batch_size=2, resume=True))
+    short_of_memory(2, since=(3, 1), where=where, message=message)
+    train.train(cfg)
+    assert_same(cfg, other)
+
+
+def test_one_sequence_that_does_not_fit_is_an_error(cfg, short_of_memory):
+    short_of_memory(0)
+    with pytest.raises(RuntimeError, match="can't allocate memory") as e:
+        train.train(cfg)
+    assert errors.is_out_of_memory(e.value)
+
+
+def test_other_errors_are_not_taken_for_too_little_memory(cfg, short_of_memory):
+    short_of_memory(0, message="mat1 and mat2 shapes cannot be multiplied")
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        train.train(cfg)
+
+
+def tight(cfg: Config, spare_mib: int) -> tuple[int, float, float]:
+    """A step in a process that may take no more than so much memory than it has: (micro-batch, loss, MiB it has)."""
+    run = build(cfg)
+    used = 1024 * int(re.search(r"VmData:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+    resource.setrlimit(resource.RLIMIT_DATA, (used + spare_mib * 2**20, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    loss = train.train_step(run, 0).loss
+    run.close()
+    return run.micro_batch, loss, used / 2**20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory can be limited on Linux only")
+def test_real_memory_that_runs_out_is_survived(cfg, tmp_path):
+    """The kernel refuses more than 200 MiB: 2,048 sequences of 32 tokens need about 1,000 at once."""
+    cfg = replace(cfg, dropout=0.0, tokens_per_step=32 * 2048, batch_size="auto")
+    ((micro_batch, loss, _),) = ranks.run(1, tmp_path / "ranks", tight, cfg, 200)
+    assert 16 <= micro_batch <= 1024
+    assert loss == pytest.approx(train.train_step(build(replace(cfg, batch_size=64)), 0).loss, rel=1e-5)
+
+
+def short_in_one(cfg: Config, most: int, rank: int) -> dict:
+    """Two processes of which one has little memory: what each finds, and what is left of the search."""
+    run = build(cfg)
+    tries = []
+
+    def forward(_, args):
+        tries.append(args[0].size(0))
+        if run.world.rank == rank and args[0].size(0) > most:
+            raise RuntimeError(MESSAGES[0])
+
+    hook = run.model.register_forward_pre_hook(forward)
+    before, states = weights(run), torch.get_rng_state()
+    train.fit_batch(run)
+    hook.remove()
+    assert torch.equal(weights(run), before)
+    assert torch.equal(torch.get_rng_state(), states)
+    assert all(p.grad is None for p in run.model.parameters())
+    assert not optim.inner_optimizer(run.optimizer).state
+    found = [train.train_step(run, step) for step in range(3)]
+    run.close()
+    return dict(tries=tries, micro_batch=run.micro_batch, accumulation=run.accumulation, found=found)
+
+
+@pytest.mark.parametrize(("parallel", "rank"), [("ddp", 0), ("zero1", 1)])
+def test_all_processes_take_what_fits_the_smallest(cfg, tmp_path, parallel, rank):
+    """Found before they exchange anything; then the run is the one that was started with that, bit for bit."""
+    cfg = replace(cfg, tokens_per_step=32 * 16, batch_size=8, parallel=parallel)
+    parts = ranks.run(2, tmp_path / "ranks", short_in_one, cfg, 3, rank)
+    expected = ranks.run(2, tmp_path / "ranks", short_in_one, replace(cfg, batch_size=2), 3, rank)
+    for part in parts:
+        assert part["tries"] == [8, 4, 2]
+        assert (part["micro_batch"], part["accumulation"]) == (2, 4)
+        assert part["found"] == expected[0]["found"]
