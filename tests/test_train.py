@@ -285,7 +285,7 @@ def test_a_real_process_is_stopped_by_ctrl_c(cfg, root):
     assert restore.newest(Path(cfg.out_dir)).name == f"step_{last:08d}"
 
 
-# ---- ends and restarts -----------------------------------------------------------
+# ---- ends and restarts ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
