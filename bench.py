@@ -18,7 +18,7 @@
     python bench.py kills              config/shakespeare.py killed at twenty random moments, against the same undisturbed
 
 Each measurement is a fresh process. Rounds are interleaved (all configs, then all again), so that drift of a shared machine
-hits all alike. Results go to results/<hardware>/<command>.json as raw numbers; report.py computes everything that is printed.
+hits all alike. Results go to results/<hardware>/<command>.json as raw numbers; report/ computes everything that is printed.
 """
 
 import datetime
@@ -41,7 +41,8 @@ import torch
 from tqdm import tqdm
 
 import configurator
-import report
+from report.compare import compare as compare_results
+from report.kinds import as_text
 from base import errors, system
 from base.errors import UserError
 from base.files import write_atomically
@@ -781,7 +782,7 @@ def compare(paths: list[str], asked: BenchConfig) -> None:
         a, b = (json.loads(Path(p).read_text(encoding="utf-8")) for p in paths)
     except (OSError, ValueError) as e:
         raise UserError(f"cannot read a result: {e}") from None
-    text, failed = report.compare(a, b, limit)
+    text, failed = compare_results(a, b, limit)
     print(text)
     if failed:
         sys.exit(1)
@@ -847,8 +848,11 @@ def main(argv: list[str]) -> None:
     else:
         result = MEASURES[command](sizes, device)
     write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
-    print(report.as_text(result))
-    print(f"wrote {path}" + ("; python report.py puts it into the README" if path.parent.parent == Path("results") else ""))
+    print(as_text(result))
+    print(
+        f"wrote {path}"
+        + ("; python -m report puts it into README.md and docs/" if path.parent.parent == Path("results") else "")
+    )
     if result.get("passed") is False:
         sys.exit(1)
 

@@ -19,8 +19,8 @@ from base import errors
 from base.errors import UserError
 from configurator import Config, GPTConfig
 from model import GPT2_SIZES
-from report import tables
-from report.tables import Table
+from report import render, results
+from report.render import Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,11 +176,11 @@ def one_gpu(a: Assumptions, root: Path) -> tuple[float, str]:
     per_token, found = shape("gpt2").flops_per_token(1024), []
     if a.tokens_per_s:
         return a.tokens_per_s * per_token, f"from --tokens_per_s={a.tokens_per_s:,.0f}, not measured here"
-    for result in map(tables.load, sorted((root / "results").glob("*/ladder.json"))):
-        for e in tables.measured(result) if result["machine"]["device"] == "cuda" else []:
-            rate = tables.tokens_per_s(result, e) / tables.devices(e)
-            where = f"measured: {e['name']}, {rate:,.0f} tokens/s, {tables.machine_line(result)}"
-            found.append((rate * tables.flops_per_token(e["requested"]), where))
+    for result in map(results.load, sorted((root / "results").glob("*/ladder.json"))):
+        for e in results.measured(result) if result["machine"]["device"] == "cuda" else []:
+            rate = results.tokens_per_s(result, e) / results.devices(e)
+            where = f"measured: {e['name']}, {rate:,.0f} tokens/s, {results.machine_line(result)}"
+            found.append((rate * results.flops_per_token(e["requested"]), where))
     public = f"from a public figure, not measured here: {H200:,.0f} tokens/s of the 124M on one H200"
     return max(found, default=(H200 * per_token, public))
 
@@ -197,7 +197,7 @@ def failures(save: float, mtbf: float, restart: float) -> tuple[float, ...]:
 # ---- the generated blocks ---------------------------------------------------------------------------------------------
 
 
-def steps_table(a: Assumptions, size: str, flops: float, source: str) -> list[tables.Block]:
+def steps_table(a: Assumptions, size: str, flops: float, source: str) -> list[render.Block]:
     rows, raised, one = [], "", step(a, size, "ddp", 1, flops)
     for n, engine in [(n, e) for n in GPUS for e in ENGINES if n > 1 or e == "ddp"]:
         s = step(a, size, engine, n, flops)
@@ -206,9 +206,9 @@ def steps_table(a: Assumptions, size: str, flops: float, source: str) -> list[ta
             raised += f"{s.tokens:,} tokens instead of {a.tokens_per_step:,}, WHICH IS ANOTHER TRAINING RUN."
         expected, least, most = s.seconds()
         share = [f"{s.tokens / t / n * one.seconds()[0] / one.tokens:.0%}" for t in (expected, most, least)]
-        parts = [tables.ms(t) if t else "–" for t in (s.compute, s.optimizer, s.communication, s.exposed)]
+        parts = [results.ms(t) if t else "–" for t in (s.compute, s.optimizer, s.communication, s.exposed)]
         row = [f"{n:,}", engine if n > 1 else "any", f"{s.tokens:,}", f"{s.micro_batch} × {s.accumulation}", *parts]
-        row += [f"{tables.ms(expected)} [{tables.ms(least)}, {tables.ms(most)}]", f"{s.tokens / expected:,.0f}"]
+        row += [f"{results.ms(expected)} [{results.ms(least)}, {results.ms(most)}]", f"{s.tokens / expected:,.0f}"]
         rows.append([*row, f"{share[0]} [{share[1]}, {share[2]}]", f"{a.target_tokens / s.tokens * expected / 3600:.2g}"])
     head = ["GPUs", "parallel", "tokens/step", "B × micro-steps", "compute, ms †", "optimizer, ms", "communication, ms"]
     head += ["exposed, ms †", "step, ms [bounds] †", "tokens/s †", "efficiency [bounds] †"]
@@ -273,7 +273,7 @@ def failures_table(a: Assumptions, flops: float) -> Table:
     return Table([*head, "to restarting", "in all", f"hours for {run} †", "failures expected in them †"], rows)
 
 
-def blocks(a: Assumptions, root: Path) -> dict[str, list[tables.Block]]:
+def blocks(a: Assumptions, root: Path) -> dict[str, list[render.Block]]:
     """{name of a generated block: what is in it}."""
     flops, source = one_gpu(a, root)
     lines = re.findall(r"^    (\w+): \w+ = (.+?)  # (.+)$", inspect.getsource(Assumptions), re.MULTILINE)
@@ -285,9 +285,9 @@ def blocks(a: Assumptions, root: Path) -> dict[str, list[tables.Block]]:
     return found | {"assumptions": [Table(["flag", "default", "what, and from where"], listed, left=(0, 2))]}
 
 
-def generated(text: str, found: dict[str, list[tables.Block]]) -> str:
+def generated(text: str, found: dict[str, list[render.Block]]) -> str:
     """The text with each part between `<!-- cluster.py NAME -->` and `<!-- end -->` made anew."""
-    how = {Table: tables.markdown_table, str: tables.in_markdown}
+    how = {Table: render.markdown_table, str: render.in_markdown}
     for name, parts in found.items():
         fresh = f"<!-- cluster.py {name} -->\n" + "\n\n".join(how[type(p)](p) for p in parts) + "\n<!-- end -->"
         pattern = rf"<!-- cluster\.py {name} -->\n((?!<!-- cluster).)*?<!-- end -->"  # never over the next one's begin
@@ -302,7 +302,7 @@ def main(argv: list[str], root: Path = Path(__file__).parent) -> None:
     found = blocks(a, root)
     if not a.check and a != Assumptions():
         for name, parts in found.items():
-            print(f"== {name}", *(tables.plain_table(p) if isinstance(p, Table) else p for p in parts), sep="\n\n", end="\n\n")
+            print(f"== {name}", *(render.text_table(p) if isinstance(p, Table) else p for p in parts), sep="\n\n", end="\n\n")
         return
     text = path.read_text(encoding="utf-8")
     fresh = generated(text, found)

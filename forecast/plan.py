@@ -44,7 +44,7 @@ from engine.outliers import Outliers
 from engine.run import Run, open_data
 from forecast import cluster
 from model import GPT
-from report import tables
+from report import results as recorded
 
 GIB = 2**30
 CPU = torch.device("cpu")
@@ -431,10 +431,10 @@ def rate(cfg: Config, processes: int, hardware: str | None, results: Path) -> Ra
     sizes are scaled by FLOPs per token. Without one, what a GPU's data sheet allows."""
     here, flops, found = traits(cfg, processes), cfg.flops_per_token(cfg.T), []
     for path in sorted(results.glob("*/*.json")):
-        result = tables.load(path)
+        result = recorded.load(path)
         if result["kind"] not in ("ladder", "ablate", "shakespeare", "ab", "run") or result["machine"]["hardware"] != hardware:
             continue
-        entries = result["sides"] if result["kind"] == "ab" else tables.measured(result) if "rungs" in result else [result]
+        entries = result["sides"] if result["kind"] == "ab" else recorded.measured(result) if "rungs" in result else [result]
         for e in entries:
             try:
                 there = known(e["requested"])
@@ -444,7 +444,7 @@ def rate(cfg: Config, processes: int, hardware: str | None, results: Path) -> Ra
             differ = [name for name in here if here[name] != other[name]]
             speed = sum(len(SPEED) - SPEED.index(name) for name in differ if name in SPEED)
             apart = sum(abs(math.log(here[name] / other[name])) for name in SIZES)
-            seconds = statistics.median(tables.all_steps(e)) if "step_s" in e else there.tokens_per_step / e["tokens_per_s"]
+            seconds = statistics.median(recorded.all_steps(e)) if "step_s" in e else there.tokens_per_step / e["tokens_per_s"]
             tokens = there.tokens_per_step / seconds * there.flops_per_token(there.T) / flops
             if cfg.device == "cuda":  # each process has a GPU of its own; on a CPU they share it
                 tokens *= processes / other["processes"]
@@ -677,7 +677,7 @@ def time_rows(cfg: Config, speed: Rate, seen: Data) -> list[str]:
         "time",
         row("tokens per second", f"{speed.tokens_per_s:,.0f}", speed.source),
         *([row("which differs in", "", ", ".join(speed.unlike))] if speed.unlike else []),
-        row("milliseconds per step", tables.ms(each)),
+        row("milliseconds per step", recorded.ms(each)),
         row(
             "the whole run",
             duration(sum(parts.values())),

@@ -41,7 +41,6 @@ from tqdm import tqdm
 
 import bench
 import configurator
-import report
 from base import errors, system
 from base.errors import UserError
 from base.files import write_atomically
@@ -50,7 +49,8 @@ from corpus import shards
 from engine import machine
 from engine.effective import effective, mismatches
 from engine.run import build
-from report.tables import law_loss
+from report.kinds import as_text
+from report.results import law_loss
 
 LEVEL = 2.0  # a budget over the one below it
 SEEDS = (3, 10)  # at least and at most, unless they are asked for
@@ -717,8 +717,11 @@ def main(argv: list[str]) -> None:
     with workers(jobs, max(1, system.cores() // jobs)) as ask:
         lab = StudyRunner(family, device, keeper, ask, jobs)
         result = run_study(lab, head, tokens, lambda r: write_atomically(path, (json.dumps(r, indent=1) + "\n").encode()))
-    print(report.as_text(result))
-    print(f"wrote {path}" + ("; python report.py puts it into the README" if path.parent.parent == Path("results") else ""))
+    print(as_text(result))
+    print(
+        f"wrote {path}"
+        + ("; python -m report puts it into README.md and docs/" if path.parent.parent == Path("results") else "")
+    )
 
 
 if __name__ == "__main__":

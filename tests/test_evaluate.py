@@ -26,7 +26,7 @@ from engine.parallel import World
 from engine.run import build
 from evaluate import Row, batched, encode_row, hellaswag, score_rows, validation
 from model import GPT
-from report import tables
+from report import kinds
 from tokenizer import CharTokenizer, GPT2Tokenizer
 
 CPU = torch.device("cpu")
@@ -520,13 +520,13 @@ def test_report_shows_it(trained, tmp_path, capsys):
     evaluate.main([str(trained), "--device=cpu", f"--out={tmp_path}/e.json"])
     record = json.loads((tmp_path / "e.json").read_text())
     record["hellaswag"] = {"acc": 0.2859, "acc_norm": 0.2955, "rows": 10_042, "cut": 3, "seconds": 61.0}
-    text = tables.as_text(record)
+    text = kinds.as_text(record)
     assert f"{record['validation']['loss']:.4f}" in text
     assert "28.59%" in text
     assert "29.55%" in text
     assert "10,042" in text
     del record["validation"]
-    assert "bits" not in tables.as_markdown(record)
+    assert "bits" not in kinds.as_markdown(record)
 
 
 @pytest.mark.parametrize(

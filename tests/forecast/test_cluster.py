@@ -7,15 +7,14 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from test_report import ladder
+from made_results import ladder
 
-import report
 from base.errors import UserError
 from configurator import GPTConfig
 from forecast import cluster
 from forecast.cluster import ENGINES, GPUS, NAMES, Assumptions, collective, ring, state_bytes, step
 from model import GPT
-from report import tables
+from report import documents, results
 
 A = Assumptions()
 FLOPS = 4e14
@@ -265,7 +264,7 @@ def test_rate_is_public_until_a_gpu_was_measured(tmp_path):
     result = write_ladder(tmp_path, "cuda")
     flops, source = cluster.one_gpu(A, tmp_path)
     last = result["rungs"][2]
-    assert flops == pytest.approx(tables.tokens_per_s(result, last) * tables.flops_per_token(last["requested"]))
+    assert flops == pytest.approx(results.tokens_per_s(result, last) * results.flops_per_token(last["requested"]))
     assert source.startswith("measured: r03_compile")
     assert "A cuda" in source
     assert cluster.one_gpu(replace(A, tokens_per_s=1000), tmp_path)[1].startswith("from --tokens_per_s=1,000, not measured")
@@ -277,7 +276,7 @@ def test_rate_is_public_until_a_gpu_was_measured(tmp_path):
 def test_document_is_what_the_program_computes(root):
     cluster.main(["--check"])
     text = (root / "docs" / "scale.md").read_text(encoding="utf-8")
-    assert report.generated(text, "scale.md", root) == (text, [])  # report.py's blocks are others
+    assert documents.generated(text, "scale.md", root) == (text, [])  # the blocks of python -m report are others
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from test_report import ladder
+from made_results import ladder
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import model
@@ -23,7 +23,7 @@ from configurator import Config, GPTConfig
 from engine import machine
 from forecast import cluster, plan
 from model import GPT
-from report import tables
+from report import results
 
 MIB = 2**20
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,8 +99,8 @@ def committed() -> list:
     """Runs of the 124M, whose peaks lie in results/."""
     found = []
     for path in sorted(ROOT.glob("results/*/ladder.json")):
-        result = tables.load(path)
-        for e in tables.measured(result) if result["machine"]["device"] == "cpu" else []:
+        result = results.load(path)
+        for e in results.measured(result) if result["machine"]["device"] == "cpu" else []:
             found.append(pytest.param(e, id=f"{path.parent.name} {e['name']}"))
     return found
 

@@ -17,7 +17,7 @@ import torch
 
 import bench
 import configurator
-import report
+from report.kinds import as_text
 import train
 from base import errors, system
 from base.errors import UserError
@@ -593,7 +593,7 @@ def test_a_ladder_without_its_first_rung_still_has_an_answer(rungs, impossible, 
     before = signal.signal(signal.SIGALRM, too_long)
     signal.alarm(3)
     try:
-        said = report.as_text(bench.ladder(sizes(rounds=1), CPU))
+        said = as_text(bench.ladder(sizes(rounds=1), CPU))
     except UserError as e:
         said = str(e)
     finally:
@@ -641,7 +641,7 @@ def test_candidates_are_the_top_rung_with_one_other_setting(rungs, impossible, w
     assert all(len(e["changes"]) == 1 and e["versus"] == "top" for e in others)
     assert len({str(e["changes"]) for e in others}) == len(others)
     assert [e["skipped"] for e in others if "skipped" in e] == ["too large"]
-    assert report.as_text(found)
+    assert as_text(found)
 
 
 def test_what_was_impossible_is_not_ablated(rungs, impossible, workers):
@@ -724,7 +724,7 @@ def noisy(r: random.Random, seconds: float, seeds: int = 5) -> list[list[float]]
 
 def verdicts(found: dict) -> tuple[str, str]:
     """(on the speed, on the loss) as printed."""
-    text = report.as_text(found)
+    text = as_text(found)
     speed, loss = (part.partition(": ")[2].partition(".")[0] for part in text.split("95% CI")[1:])
     return speed, loss
 
@@ -855,7 +855,7 @@ def test_the_worker_trains_as_train_does(real):
 
 def test_the_table_has_a_row_per_rung_and_names_the_skipped(real):
     found, printed = real
-    text = report.as_text(found)
+    text = as_text(found)
     assert text in printed
     assert "fused_adamw False → True" in text
     assert text.count("skipped") == 2  # in its row, and with its reason below

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import bench
-import report
 import train
 from bench import BenchConfig
 from configurator import Config
@@ -14,7 +13,8 @@ from engine import restore
 from kernels import decode
 from measure import decoding
 from model import GPT
-from report import tables
+from report.kinds import as_text
+from report.kinds_speed import decode_table
 from variants import quantize
 
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def test_the_command_measures_every_form(tmp_path, monkeypatch, capsys, root):
     assert read["int4"] == pytest.approx(read["bfloat16"] / 4 * 1.25, rel=0.02)  # 4 bits of scale and middle for 32 of 4 bits
     assert all(0.1 < v < 1e5 for way in found["ways"] for v in way["tokens_per_s"])
     assert found["validation"] == {}
-    assert report.as_text(found) in capsys.readouterr().out
+    assert as_text(found) in capsys.readouterr().out
 
 
 def test_a_run_is_validated_in_every_form(tiny_run, tmp_path, own_signals):
@@ -67,7 +67,7 @@ def test_shares_of_the_floor_are_of_the_copy_of_their_own_round():
         "new_tokens": 8,
         "prompt_tokens": 4,
     }
-    table = tables.decode_table(made | {"ways": [way], "validation": {}})[0]
+    table = decode_table(made | {"ways": [way], "validation": {}})[0]
     assert table.rows == [["x", "4", "40.0 [20.0, 80.0]", "1,000", "50% [50%, 100%]"]]
 
 

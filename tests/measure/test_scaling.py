@@ -16,13 +16,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import report
 from base.errors import UserError
 from configurator import Config
 from measure import scaling
 from model import GPT
-from report import page, tables
-from report.tables import law_loss
+from report import documents, page
+from report.kinds import as_text
+from report.results import law_loss
 
 LAW = dict(E=1.2, A=8.0, alpha=0.3, B=60.0, beta=0.35)
 BUDGETS = [5e9, 1e10, 2e10, 4e10]
@@ -262,7 +262,7 @@ def test_a_budget_without_a_minimum_has_none():
 
 @pytest.mark.parametrize(("loss", "said"), [(2.06, "inside the 95%"), (2.3, "OUTSIDE the 95%"), (None, "not trained yet")])
 def test_the_verdict(loss, said):
-    text = tables.as_text(result(invented(), loss))
+    text = as_text(result(invented(), loss))
     assert said in text
     assert "about 20" in text
     assert ("before it was trained" in text) == (loss is not None)
@@ -275,8 +275,8 @@ def test_picture_and_page_bear_what_could_not_be_computed(tmp_path, seeds, minim
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(found, allow_nan=False))
     (tmp_path / "README.md").write_text("<!-- begin results/a-machine/scaling.json -->\n<!-- end -->\n")
-    assert report.write(tmp_path) == []
-    assert report.check(tmp_path) == []
+    assert documents.write(tmp_path) == []
+    assert documents.check(tmp_path) == []
     assert "4·10¹⁰" in (tmp_path / "docs" / "isoflop-a-machine.svg").read_text()
     assert page.SECTIONS["scale"][0] in (tmp_path / "docs" / "index.html").read_text()
 
@@ -335,7 +335,7 @@ def test_the_same_command_goes_on_and_ends(killed):
     held = found["held_out"]
     assert held["predicted_at"] < held["runs"][0]["started"]
     assert held["runs"][0]["D"] == held["D"]
-    assert report.as_text(found) in done.stdout
+    assert as_text(found) in done.stdout
     # a third time: nothing is trained, and the prediction keeps its time
     files = {p: p.stat().st_mtime_ns for p in folder.glob("*_*.json")}
     assert subprocess.run(command, capture_output=True, timeout=120).returncode == 0

@@ -18,7 +18,7 @@ from engine import machine
 from engine.run import Run, build
 from measure import why
 from model import GPT
-from report import tables
+from report import kinds
 
 CEILINGS = {"gemm_float32_flops": 1e11, "gemm_bfloat16_flops": 4e11, "copy_bytes_per_s": 1e10}
 PLAIN = dict(attention="naive", fused_adamw=False, prefetch=False)  # with the tiny run's: everything off, as on rung 0
@@ -50,7 +50,7 @@ def test_parts_make_up_the_step(plain):
 def test_result_is_json_and_a_table(plain):
     assert json.loads(json.dumps(plain)) == plain
     recorded = {"kind": "why", "date": "2026-11-20", "machine": {"hardware": "a CPU", "torch": "2", "commit": None}}
-    table, *_ = tables.blocks(plain | recorded)
+    table, *_ = kinds.blocks(plain | recorded)
     assert [row[0] for row in table.rows] == [*why.PARTS, "step"]
     assert len(plain["top_events"]) == 15
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import faults
 import pytest
 
-from report import tables
+from report import kinds
 
 
 @pytest.fixture(scope="module")
@@ -129,13 +129,13 @@ def test_the_command_writes_what_the_readme_shows(tmp_path, root):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1/1 faults" in done.stdout
     result = json.loads((tmp_path / "faults.json").read_text(encoding="utf-8"))
-    table, note = tables.blocks(result)
+    table, note = kinds.blocks(result)
     assert table.rows[0][0].startswith("F31 ")
     assert table.rows[0][2] == "passed"
     assert note.startswith("1/1 faults in ")
     failed = result | {"faults": [result["faults"][0] | {"passed": False, "detail": "it hung."}]}
-    assert "F31 FAILED: it hung." in tables.blocks(failed)
+    assert "F31 FAILED: it hung." in kinds.blocks(failed)
     cells = [dict(dtype="float32", compile=c, processes=n, passed=n == 1, detail="no") for c in (False, True) for n in (1, 2)]
-    said = tables.as_markdown(result | {"faults": [], "matrix": cells})
+    said = kinds.as_markdown(result | {"faults": [], "matrix": cells})
     assert "| float32, compiled | bit for bit | FAILED |" in said
     assert "2/4 of the matrix" in said

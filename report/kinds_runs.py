@@ -1,0 +1,180 @@
+"""Results about what was learned -> blocks: whole runs, the stages, an evaluation, a scaling law."""
+
+import math
+import re
+import statistics
+
+from report.render import Block, Quote, Table
+from report.results import CHINCHILLA, machine_line, ms_iqr
+
+
+def stages_table(result: dict) -> list[Block]:
+    """Loss and size of each stage, and the residual stream at initialisation."""
+    rows = [
+        [
+            re.sub(r"^Stage (\d): (.*?)\.( .*)?$", r"\1. \2", e["title"]),
+            f"{e['parameters'] / 1e6:.2f}M",
+            f"{e['losses'][0]:.2f}",
+            f"{e['losses'][-1]:.4f}" if e["losses"][-1] < 0.1 else f"{e['losses'][-1]:.2f}",
+            f"{e['seconds']:.0f} s",
+        ]
+        for e in result["stages"]
+    ]
+    std = result["residual_std"]
+    return [
+        Table(
+            ["stage", "parameters", "loss at step 1", f"loss at step {len(result['stages'][0]['losses'])}", "training time"],
+            rows,
+        ),
+        f"ln 50257 = {result['ln_vocab_size']:.3f}. Residual stream at init, standard deviation behind the last of "
+        f"{len(std['scaled']) - 1} blocks: {std['scaled'][-1]:.3f} with scaled residual projections, {std['unscaled'][-1]:.3f} "
+        f"without. {machine_line(result)}.",
+    ]
+
+
+def sample_of(result: dict) -> Quote:
+    """The first lines of the text that a run's model wrote."""
+    return Quote("\n".join(result["sample"].strip().splitlines()[:16]))
+
+
+def shakespeare_table(result: dict) -> list[Block]:
+    """What `make train` took and wrote."""
+    cfg, seconds = result["requested"], result["seconds"]
+    rows = [
+        ["parameters", f"{result['parameters'] / 1e6:.2f}M"],
+        ["steps × tokens", f"{len(result['losses'])} × {cfg['tokens_per_step']}"],
+        ["validation loss", f"{result['val_loss']:.2f}"],
+        ["training, start to checkpoint", f"{seconds['train']:.0f} s"],
+        ["of it the first step, which compiles", f"{result['first_step_s']:.0f} s"],
+        ["ms/step [IQR]", ms_iqr(result)],
+        ["sampling 200 tokens", f"{seconds['sample']:.0f} s"],
+        ["start to text", f"{seconds['train'] + seconds['sample']:.0f} s"],
+    ]
+    return [Table(["make train", ""], rows), f"{machine_line(result)}. It wrote:", sample_of(result)]
+
+
+def run_table(result: dict) -> list[Block]:
+    """A whole run, evaluated, and what its model wrote."""
+    cfg, found = result["requested"], result["evaluation"]["validation"]
+    rows = [
+        ["parameters", f"{result['parameters'] / 1e6:.2f}M"],
+        ["steps × tokens", f"{len(result['losses'])} × {cfg['tokens_per_step']:,}"],
+        ["training", f"{result['seconds']['train']:.0f} s, {result['tokens_per_s']:,.0f} tokens/s"],
+        ["validation loss", f"{found['loss']:.3f}"],
+        ["perplexity", f"{found['perplexity']:.2f}"],
+        ["bits per byte", f"{found['bits_per_byte']:.3f}"],
+    ]
+    return [Table([result["config"], ""], rows), f"{machine_line(result)}. It wrote:", sample_of(result)]
+
+
+def without_sample(result: dict, words: list[str]) -> list[Block]:
+    """`numbers`: a run's table without the text that it wrote."""
+    if words != ["numbers"]:
+        raise ValueError(f"the only part of a run is numbers, not {' '.join(words)}")
+    table = {"shakespeare": shakespeare_table, "run": run_table}[result["kind"]](result)[0]
+    return [table, f"{machine_line(result)}."]
+
+
+def evaluate_table(result: dict) -> list[Block]:
+    """A model's validation loss and HellaSwag, as far as they were measured."""
+    rows, notes = [], []
+    if v := result.get("validation"):
+        bits = v["bits_per_byte"]
+        rows += [[f"validation loss on {v['dataset']}", f"{v['loss']:.4f}"], ["perplexity", f"{v['perplexity']:,.2f}"]]
+        rows += [["bits per byte", f"{bits:.4f}"]] if math.isfinite(bits) else []
+        notes.append(f"Loss: {v['tokens']:,} tokens ({v['bytes']:,} bytes) in sequences of {v['sequence_length']:,}.")
+    if h := result.get("hellaswag"):
+        for name in ("acc", "acc_norm"):  # a proportion's standard error
+            error = math.sqrt(h[name] * (1 - h[name]) / h["rows"])
+            rows.append([f"HellaSwag {name}", f"{h[name]:.2%} ± {error:.2%}"])
+        cut = f", {h['cut']:,} of them cut to the model's block" if h["cut"] else ""
+        notes.append(f"HellaSwag: {h['rows']:,} rows{cut}, completion style; chance is 25%; ± one standard error.")
+    step = "" if result["step"] is None else f", step {result['step']:,}"
+    return [
+        Table([f"{result['model']}{step}, {result['parameters'] / 1e6:.2f}M parameters", ""], rows),
+        f"{' '.join(notes)} {result['settings']['dtype']}. {machine_line(result)}.",
+    ]
+
+
+def with_interval(value: float | None, ends: list | None, form: str) -> str:
+    """ "0.53 [0.45, 0.60]"; an end that is not known is "…"."""
+    if value is None:
+        return "–"
+    low, high = ("…" if end is None else format(end, form) for end in ends or (None, None))
+    return format(value, form) + (f" [{low}, {high}]" if ends else "")
+
+
+def budgets_table(result: dict) -> Table:
+    """Each budget's best size, by a parabola through its own losses and by the law fitted to all of them."""
+    rows = []
+    for level in result["fit"]["levels"]:
+        runs = [r for r in result["runs"] if r["budget"] == level["budget"]]
+        curve, law = level["parabola"], level["law"]
+        rows.append(
+            [
+                f"{level['budget']:.1e}",
+                f"{min(r['N'] for r in runs):,} – {max(r['N'] for r in runs):,}",
+                f"{min(r['D'] for r in runs):,} – {max(r['D'] for r in runs):,}",
+                with_interval(curve["loss"], None, ".3f"),
+                with_interval(curve["N"], curve["N_interval"], ",.0f"),
+                with_interval(curve["ratio"], curve["ratio_interval"], ",.0f"),
+                with_interval(law["N"], law["N_interval"], ",.0f"),
+                with_interval(law["ratio"], law["ratio_interval"], ",.0f"),
+            ]
+        )
+    head = ["C = 6ND", "sizes N", "tokens D", "least loss, parabola", "its N [95%]", "its D/N [95%]"]
+    return Table([*head, "N by the law [95%]", "D/N by the law [95%]"], rows)
+
+
+def law_table(fit: dict) -> Table:
+    """The law's numbers beside Chinchilla's."""
+    names = {"E": "E, nats", "A": "A", "alpha": "α", "B": "B", "beta": "β"}
+    rows = [
+        [name, with_interval(fit["law"][k], fit["intervals"][k], ".3g"), format(CHINCHILLA[k], "g") if k in CHINCHILLA else ""]
+        for k, name in names.items()
+    ]
+    for k, by in (("law", "the law"), ("parabolas", "parabolas")):
+        found = with_interval(fit["exponent"][k], fit["exponent"][f"{k}_interval"], ".2f")
+        rows.append([f"a in N ∝ C^a, by {by}", found, format(CHINCHILLA[k], "g")])
+    top = fit["levels"][-1]["law"]
+    ratio = with_interval(top["ratio"], top["ratio_interval"], ",.0f")
+    rows.append(["D/N at the largest budget, by the law", ratio, f"about {CHINCHILLA['ratio']}"])
+    return Table(["L = E + A/N^α + B/D^β", "here [95%]", "Chinchilla"], rows)
+
+
+def held_out_line(result: dict) -> str:
+    """What became of the prediction for a larger run."""
+    held, guess = result["held_out"], result["held_out"]["predicted"]
+    times = held["budget"] / result["fit"]["levels"][-1]["budget"]
+    line = (
+        f"Held out: N = {held['N']:,}, D = {held['D']:,}, {times:.3g} times the largest budget. "
+        f"Predicted {guess['loss']:.4f} [{guess['low']:.4f}, {guess['high']:.4f}]"
+    )
+    if not held["runs"]:
+        return f"{line}; not trained yet."
+    losses = [r["loss"] for r in held["runs"]]
+    found, first = statistics.fmean(losses), min(r["started"] for r in held["runs"])
+    when = ", before it was trained" if held["predicted_at"] < first else " (its runs existed already)"
+    spread = f", standard deviation {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
+    where = "inside" if guess["low"] <= found <= guess["high"] else "OUTSIDE"
+    return (
+        f"{line}{when}; measured {found:.4f} (mean of {len(losses)} seed(s){spread}), {found - guess['loss']:+.4f}: "
+        f"{where} the 95% interval."
+    )
+
+
+def scale_table(result: dict) -> list[Block]:
+    """Each budget's best size, the law beside Chinchilla's, and what became of the prediction."""
+    fit, study, every = result["fit"], result["sizes"], result["runs"] + result["held_out"]["runs"]
+    cost = [r["flops"] / r["C"] for r in every]
+    noise = "unknown (one seed)" if fit["noise"] is None else f"{fit['noise']:.2%}"
+    epochs = max(r["D"] for r in every) / result["train_tokens"]
+    notes = (
+        f"{len(every)} runs on {study['dataset']}, T={study['sequence_length']}, {study['tokens_per_step']} tokens per step, "
+        f"at most {epochs:.2f} epochs. N counts all parameters; counted with attention and without lookups (PaLM), a run costs "
+        f"{min(cost):.2f} to {max(cost):.2f} times 6ND. Noise between seeds: {noise} of the loss; the law misses a point by "
+        f"{fit['misfit']:.2%}. Intervals of the law: {study['bootstraps']} bootstraps over the (N, D); of the parabolas: the "
+        f"noise alone. Chinchilla's tokens are BPE, of about four characters. "
+        f"{sum(r['seconds'] for r in every) / 60:.0f} minutes of training, {result['jobs']} at a time. {machine_line(result)}."
+    )
+    return [budgets_table(result), law_table(fit), held_out_line(result), notes]

@@ -1,0 +1,192 @@
+"""python -m report: --check finds every changed number, and results that nobody vouches for cannot inject markup."""
+
+import copy
+import json
+import random
+import re
+
+import pytest
+from made_results import ALL, ab, block, ladder, put, shakespeare, verify
+
+from report import __main__ as command
+from report import documents, plots, results
+
+HOSTILE = "</td><script>alert(1)</script><img src=x onerror=alert(2)> | [x](javascript:alert(3)) $\\frac$ <!-- end -->"
+
+
+def test_what_was_written_passes_the_check(house, capsys):
+    assert documents.check(house) == []
+    assert documents.write(house) == []
+    assert "README" not in capsys.readouterr().out  # nothing was stale
+    text = (house / "README.md").read_text(encoding="utf-8")
+    assert text.startswith("# title\n")
+    assert text.endswith("\nthe end\n")
+
+
+def test_this_repository_matches_its_results(root):
+    assert documents.check(root) == []
+
+
+def test_links_of_the_documents_lead_somewhere(root):
+    for path in documents.documents(root):
+        for link in re.findall(r"\]\((?!http|#)([^)#]+)", path.read_text(encoding="utf-8")):
+            assert (path.parent / link).exists(), f"{path}: {link}"
+
+
+def test_every_changed_number_of_a_block_is_found(house):
+    """Any digit of any block, in the README and in a rung's page: the line names the document and the JSON."""
+    for path in (house / "README.md", house / "docs" / "ladder" / "r03_compile.md"):
+        text = path.read_text(encoding="utf-8")
+        spans = [b.span(4) for b in documents.BLOCK.finditer(text)]
+        places = [m.start() for m in re.finditer(r"\d", text) if any(a <= m.start() < b for a, b in spans)]
+        for at in random.Random(0).sample(places, 10):
+            changed = text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1 :]
+            path.write_text(changed, encoding="utf-8")
+            (wrong,) = [e for e in documents.check(house) if path.name in e]
+            assert "results/a-machine/" in wrong
+        path.write_text(text, encoding="utf-8")
+    assert documents.check(house) == []
+
+
+@pytest.mark.parametrize("kind", ["ladder", "why", "scale"])
+def test_changed_json_is_found(house, kind):
+    """In the README, in each plot that is drawn from it, and in the page."""
+    path = house / "results" / "a-machine" / f"{kind}.json"
+
+    def double(value):
+        if isinstance(value, dict):
+            return {k: double(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [double(v) for v in value]
+        return 2 * value if isinstance(value, float) else value
+
+    path.write_text(json.dumps(double(results.load(path))), encoding="utf-8")
+    wrong = "\n".join(documents.check(house))
+    assert f"README.md differs from results/a-machine/{kind}.json" in wrong
+    assert "docs/index.html differs" in wrong
+    for name, *_ in plots.PLOTS[kind]:
+        assert f"docs/{name}-a-machine.svg" in wrong
+    assert documents.write(house) == []
+    assert documents.check(house) == []
+
+
+def test_changed_page_and_missing_plot_are_found(house):
+    html = house / "docs" / "index.html"
+    text = html.read_text(encoding="utf-8")
+    html.write_text(text.replace("1,280", "1,281"), encoding="utf-8")
+    assert any("docs/index.html" in line for line in documents.check(house))
+    html.write_text(text, encoding="utf-8")
+    (house / "docs" / "ladder-a-machine.svg").unlink()
+    assert any("ladder-a-machine.svg" in line for line in documents.check(house))
+
+
+@pytest.mark.parametrize("argv", [[], ["--check"]])
+def test_missing_file_is_one_line_that_names_its_command(tmp_path, capsys, argv):
+    (tmp_path / "README.md").write_text(block("ladder.json") + block("ladder.json r00_fp32"), encoding="utf-8")
+    with pytest.raises(SystemExit) as e:
+        command.main(argv, tmp_path)
+    assert e.value.code == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "run python bench.py ladder" in error
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (block("ladder.json r99_nothing"), "there is no rung r99_nothing"),
+        (block("verify.json rotary"), "no check in it names rotary"),
+        (block("stages.json two"), "only a part of"),
+        (block("shakespeare.json two"), "the only part of a run is numbers"),
+        (block("broken.json"), "JSONDecodeError"),
+        (block("list.json"), "not a JSON object"),
+        (block("other.json"), "'other' is none of"),
+        ("<!-- begin results/a-machine/ladder.json -->\n| 1 |\n", "has no <!-- end -->"),
+    ],
+)
+def test_block_that_cannot_be_made_is_an_error_and_stays(house, text, message):
+    folder = house / "results" / "a-machine"
+    (folder / "broken.json").write_text('{"kind": ')
+    (folder / "list.json").write_text("[]")
+    put(house, {"kind": "other"})
+    fresh, errors = documents.generated(text, "README.md", house)
+    assert fresh == text
+    assert len(errors) == 1
+    assert message in errors[0]
+
+
+@pytest.mark.parametrize("content", ['{"kind": "why", ', "[]", "\xff"])
+def test_damaged_result_is_one_line(house, capsys, content):
+    (house / "results" / "a-machine" / "why.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(SystemExit):
+        command.main(["--check"], house)
+    assert "results/a-machine/why.json" in capsys.readouterr().err
+
+
+def test_forgotten_end_does_not_swallow_what_follows(house):
+    text = f"<!-- begin results/a-machine/ladder.json -->\nkeep this\n{block('why.json')}"
+    fresh, errors = documents.generated(text, "README.md", house)
+    assert "keep this\n<!-- begin results/a-machine/why.json -->" in fresh
+    assert "GEMM" in fresh
+    assert len(errors) == 1
+
+
+def test_hostile_names_do_not_become_markup(house):
+    """In Markdown, in the page and in plots; $ does not start a formula, and the blocks still end where they ended."""
+    result, sides = copy.deepcopy(ladder()), ab()
+    result["rungs"][1]["skipped"] = result["machine"]["hardware"] = result["command"] = HOSTILE
+    result["rungs"][2]["changes"] = {HOSTILE: [HOSTILE, 1]}
+    sides["sides"][0]["config"] = HOSTILE
+    put(house, result, sides, shakespeare(sample=HOSTILE), verify(status=f"FAILED: {HOSTILE}"))
+    assert documents.write(house) == []
+    assert documents.check(house) == []
+    readme = (house / "README.md").read_text(encoding="utf-8")
+    markup = re.sub(r"^    .*$", "", readme, flags=re.MULTILINE)  # indented: code, in which nothing is markup
+    assert "<script" not in markup
+    assert "](javascript" not in markup
+    assert readme.count("<!-- end -->") == len(ALL)
+    html = (house / "docs" / "index.html").read_text(encoding="utf-8")
+    assert "<script" not in html
+    assert "<img" not in html
+    assert "&lt;script&gt;" in html
+    for svg in (house / "docs").glob("*.svg"):
+        assert "<script" not in svg.read_text(encoding="utf-8")
+
+
+# ---- the curves of a run ----------------------------------------------------------------------------------------------
+
+
+def lines_drawn(monkeypatch, folder) -> dict[str, list[tuple]]:
+    """{label: points} of what is drawn of a run."""
+    drawn = {}
+    monkeypatch.setattr(
+        plots.pyplot(),
+        "close",
+        lambda figure: drawn.update({x.get_label(): [*zip(*x.get_data(), strict=True)] for x in figure.axes[0].lines}),
+    )
+    command.main([str(folder)])
+    return drawn
+
+
+def test_curves_of_a_resumed_run_that_was_killed_while_writing(tmp_path, monkeypatch, capsys):
+    """Step 2 was done twice: the later record counts. Half a line lies in the middle (resumed behind it) and one at the end."""
+    records = ['{"config": {}}', '{"step": 1, "loss": 5.0}', '{"step": 2, "loss": 9.0}', '{"step": 2, "val_loss": 4.5}']
+    records += ['{"step": 3, "lo{"event": "resume"}', '{"step": 2, "loss": 4.0}', '{"step": 3, "loss": null}']
+    records += ['{"step": 4, "loss": 3.0}', '{"step": 5, "loss": 2.']
+    (tmp_path / "log.jsonl").write_text("\n".join(records), encoding="utf-8")
+    drawn = lines_drawn(monkeypatch, tmp_path)
+    assert drawn == {"training": [(1, 5.0), (2, 4.0), (4, 3.0)], "validation": [(2, 4.5)]}
+    assert "2 damaged line(s)" in capsys.readouterr().out
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("text", "message"), [("", "holds no loss yet"), (None, "use python -m report")])
+def test_a_folder_without_a_loss_is_one_line(tmp_path, capsys, text, message):
+    if text is not None:
+        (tmp_path / "log.jsonl").write_text(text)
+    with pytest.raises(SystemExit) as e:
+        command.main([str(tmp_path)])
+    assert e.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error

@@ -1,0 +1,174 @@
+"""report: the numbers in the tables come out of the JSON, and the statistics are those of numpy and scipy."""
+
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
+from made_results import ALL, MACHINE, ladder, rung, shakespeare, verify, why
+
+from base.files import ROOT
+from configurator import GPTConfig
+from report import kinds, results, stats
+
+SOME = st.lists(st.floats(-100, 100).map(lambda v: round(v, 3)), min_size=2, max_size=12)
+
+
+@pytest.mark.parametrize("values", [[3.0], [1.0, 2.0], [5.0, 1.0, 4.0, 2.0], [2.0] * 5, list(map(float, range(11)))])
+def test_quartiles_are_numpys(values):
+    assert stats.quartiles(values) == pytest.approx(np.percentile(values, [25, 50, 75]))
+
+
+def test_ratio_is_taken_round_by_round():
+    slow, fast = {"step_s": [[2.0, 4.0, 3.0], [8.0]]}, {"step_s": [[1.0], [2.0, 2.0]]}  # medians 3 and 8; 1 and 2
+    assert results.ratio(slow, fast) == (3.5, 3.0, 4.0)
+
+
+@given(SOME)
+def test_interval_is_the_values_that_a_t_test_does_not_reject(values):
+    """At either end of the 95% interval a one-sample t-test has p = 0.05."""
+    mean, low, high = stats.interval(values)
+    assert mean == pytest.approx(np.mean(values), abs=1e-9)
+    if np.std(values) > 1e-3:
+        for end in (low, high):
+            assert scipy.stats.ttest_1samp(values, end).pvalue == pytest.approx(0.05, rel=1e-4)
+
+
+def test_interval_of_one_value_and_of_equal_values():
+    assert stats.interval([1.0]) == (1.0, -math.inf, math.inf)
+    assert stats.interval([1.0, 1.0]) == (1.0, 1.0, 1.0)
+    assert stats.difference([1.0], [2.0, 3.0]) == (1.5, -math.inf, math.inf)
+    assert stats.difference([1.0, 1.0], [3.0, 3.0]) == (2.0, 2.0, 2.0)
+
+
+@given(SOME, SOME)
+def test_difference_is_what_welchs_test_does_not_reject(a, b):
+    """Moved by either end of the interval, the two cannot quite be told apart: p = 0.05."""
+    middle, low, high = stats.difference(a, b)
+    assert middle == pytest.approx(np.mean(b) - np.mean(a), abs=1e-9)
+    if min(np.std(a), np.std(b)) > 1e-3:
+        for end in (low, high):
+            moved = [v - end for v in b]
+            assert scipy.stats.ttest_ind(a, moved, equal_var=False).pvalue == pytest.approx(0.05, rel=1e-3)
+
+
+@pytest.mark.parametrize("T", [0, 256])
+def test_flops_are_counted_for_the_trained_sequence_length(T):
+    """Of a recorded config, which has many more fields than a model; 0 is the whole block."""
+    model = dict(n_layer=3, n_head=3, n_embd=96, vocab_size=1000, vocab_multiple=128, block_size=512)
+    expected = GPTConfig(**model).flops_per_token(T or 512)
+    assert results.flops_per_token(model | dict(sequence_length=T, learning_rate=1e-3, a_field_of_1999=7)) == expected
+
+
+def test_numbers_of_the_ladders_table():
+    """128 tokens in 200 and 100 ms; the row in between is skipped, so the last is compared with the first."""
+    table, skipped, *_ = kinds.blocks(ladder())
+    first, middle, last = table.rows
+    assert first[:4] == ["plain fp32", "", "200 [199, 201]", "640"]
+    assert middle[:3] == ["TF32", "fp32_precision ieee → tf32", "skipped"]
+    assert skipped == "Skipped on this machine: TF32 (not here)."
+    assert last[:2] == ["torch.compile", "compile False → True"]
+    assert last[3:7] == ["1,280", "1.99× [1.99, 2.02]", "1.99×", "50%"]
+    flops = 6 * (12 * 2 * 64**2 + 100 * 64) + 12 * 2 * 64 * 32  # per token
+    assert last[8:] == [f"{1280 * flops / 1e11:.0%}", "4.0e-05"]
+    (summary,) = kinds.blocks(ladder(), ["summary"])
+    assert "**1.99× as fast** [1.99, 2.02] as plain fp32, 640 → 1,280 tokens/s" in summary
+
+
+def test_skipped_rows_with_one_reason_share_a_line():
+    """Without what was asked for and without advice that a reader of the table cannot follow."""
+    result, why_not = ladder(), "x='y' was asked for, but 'z' is what runs: no such unit: {} --x=z"
+    more = dict(name="r02", title="", versus="r01_tf32", changes={"fp32_precision": ["ieee", "bf16"]})
+    result["rungs"][1]["skipped"] = why_not.format("type")
+    result["rungs"].insert(2, more | {"skipped": why_not.format("use")})
+    assert "Skipped on this machine: TF32, fp32 matmuls in bf16 (no such unit)." in kinds.as_text(result)
+
+
+def test_mfu_is_a_column_where_the_peak_is_known():
+    result = ladder()
+    assert "MFU" not in kinds.as_text(result)
+    result["ceilings"]["peak_flops"] = 1e12
+    assert "MFU" in kinds.blocks(result)[0].head
+    assert len({len(row) for row in (kinds.blocks(result)[0].head, *kinds.blocks(result)[0].rows)}) == 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "key"),
+    [
+        ("float32", "ieee", "gemm_float32_flops"),
+        ("float32", "tf32", "gemm_tf32_flops"),
+        ("float32", "bf16", "gemm_bfloat16_flops"),
+        ("bfloat16", "ieee", "gemm_bfloat16_flops"),
+        ("float16", "tf32", "gemm_bfloat16_flops"),
+    ],
+)
+def test_the_gemm_rate_is_that_of_the_precision_a_config_multiplies_in(dtype, precision, key):
+    """By the names under which bench.py writes the ceilings."""
+    assert results.gemm_rate(dtype, precision, {key: 3.0}) == 3.0
+    assert results.gemm_rate(dtype, precision, {}) is None
+
+
+def test_ablations_and_candidates_name_what_changed():
+    changes = {"dtype": ["bfloat16", "float32"]}, {"batch_size": [4, 8]}, {"compile_mode": ["default", "max-autotune"]}
+    rows = [rung("x", "x", change, [[1]], [1.0]) for change in changes]
+    assert [results.label(row, "ablate") for row in rows[:1]] == ["without bf16 autocast"]
+    assert [results.label(row, "candidates") for row in rows[1:]] == ["micro-batch 8", "compile_mode=max-autotune"]
+
+
+def test_a_rung_that_learns_something_else_is_marked():
+    """Within rounding it is a number, beyond it the row says so."""
+    result = ladder()
+    assert "TOO FAR" not in kinds.as_text(result)
+    result["rungs"][2]["losses"] = [4.6, 4.5004]  # float32
+    assert "TOO FAR" in kinds.as_text(result)
+
+
+def test_why_sums_to_its_step_and_advises_what_is_worth_it():
+    table, *_, advice = kinds.blocks(why())
+    assert table.rows[-1] == ["step", "100.0", "100.0%", "60.0", "1.7×", "4.0", "400"]
+    assert "compile=True" in advice
+    assert "88.0" in advice
+    assert "x=1" not in advice
+    assert "do not trust it" not in advice
+    assert "do not trust it" in kinds.as_text(why() | {"profiled_ms": 200.0})
+    assert "Furthest from its floor: GEMM, 20.0 ms" in kinds.as_text(why() | {"advice": []})
+
+
+def test_verify_reports_what_failed():
+    text = kinds.as_text(verify("FAILED: loss"))
+    assert "0 passed, 1 FAILED, 1 skipped" in text
+    assert "alone: compile=True: FAILED: loss." in text
+    assert "not finite" in text
+    assert "1 passed, 0 FAILED, 1 skipped" in kinds.as_text(verify())
+
+
+def test_the_numbers_of_a_run_can_be_shown_without_its_sample():
+    assert "ROMEO" in kinds.as_markdown(shakespeare())
+    numbers = kinds.as_markdown(shakespeare(), ["numbers"])
+    assert "ROMEO" not in numbers
+    assert "| validation loss | 6.50 |" in numbers
+
+
+@pytest.mark.parametrize("result", ALL, ids=lambda r: r["kind"])
+def test_every_kind_has_text_for_a_terminal(result):
+    text = kinds.as_text(result)
+    assert MACHINE["hardware"] in text
+    assert "|" not in text.replace("|Δ loss|", "")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").rglob("*.json")), ids=lambda p: p.stem)
+def test_every_recorded_result_still_has_text(path):
+    """Files from earlier versions included: what was measured stays readable."""
+    if "kind" not in json.loads(path.read_text(encoding="utf-8")):
+        pytest.skip("not a result: a record beside one")
+    assert "commit" in kinds.as_text(results.load(path))
+
+
+def test_torch_is_not_imported():
+    code = "import sys; from report import __main__; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

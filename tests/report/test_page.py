@@ -1,0 +1,91 @@
+"""Plots need no font and cut no label off; the page stands alone, in a real browser too."""
+
+import re
+
+import pytest
+from browser import CHROMIUM, Browser
+from made_results import ladder
+
+from report import documents, kinds, page, plots, results
+
+
+def test_plots_are_outlines_and_the_same_each_time(house):
+    """No viewer needs a font; the same numbers give the same bytes."""
+    first = {p.name: p.read_bytes() for p in (house / "docs").glob("*.svg")}
+    assert len(first) == 6
+    assert not any(b"<text" in svg or b"font-family" in svg for svg in first.values())
+    for path in (house / "docs").glob("*.svg"):
+        path.unlink()
+    documents.write(house)
+    assert {p.name: p.read_bytes() for p in (house / "docs").glob("*.svg")} == first
+
+
+@pytest.mark.parametrize("name", ["compile", "a_setting_with_a_name_that_is_far_too_long_for_a_label"])
+def test_no_label_is_cut_off(name):
+    result = ladder()
+    result["rungs"][2]["changes"] = {name: ["what it was before", "what it is now"]}
+    figure = plots.plot_speed(result)
+    figure.draw_without_rendering()
+    inside = figure.get_tightbbox().transformed(figure.dpi_scale_trans)
+    assert inside.x0 >= 0
+    assert inside.y0 >= 0
+    assert inside.x1 <= figure.bbox.x1
+    assert inside.y1 <= figure.bbox.y1
+
+
+def test_page_holds_everything_and_asks_for_nothing(house):
+    html = (house / "docs" / "index.html").read_text(encoding="utf-8")
+    assert '<html lang="en">' in html
+    assert "default-src &#39;none&#39;; style-src &#39;unsafe-inline&#39;; img-src data:" in html
+    assert html.count("<svg") == html.count('role="img" aria-label="') == 6
+    assert page.SECTIONS.keys() >= kinds.KINDS.keys()
+    for path in documents.result_files(house):
+        assert f"<h3>{page.SECTIONS[results.load(path)['kind']][0]}</h3>" in html
+    asks = re.findall(r"""(?:src|href|action|data)\s*=\s*["']([^"']*)|url\(([^)]*)\)|@import""", html)
+    assert all(a.startswith(("#", "data:,")) or b.strip("\"'").startswith("#") for a, b in asks)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if not CHROMIUM:
+        pytest.skip("no chromium on the PATH (Debian: apt install chromium): the page is not looked at")
+    with Browser(tmp_path_factory.mktemp("profile")) as found:
+        yield found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1600])
+def test_page_in_a_browser(house, browser, width, scheme):
+    """As wide as the window, in the asked scheme, readable, and without a request but for the page itself."""
+    url = (house / "docs" / "index.html").as_uri()
+    browser.show(url, width, scheme)
+    assert browser.value("innerWidth") == width
+    assert browser.value("document.documentElement.scrollWidth") <= width
+    assert browser.requests() == [url]
+    assert browser.complaints() == []
+    ground, text = (
+        [int(n) for n in re.findall(r"\d+", browser.value(f"getComputedStyle(document.body).{name}"))[:3]]
+        for name in ("backgroundColor", "color")
+    )
+    assert (sum(ground) > sum(text)) == (scheme == "light")
+    assert abs(sum(ground) - sum(text)) > 3 * 150
+    letters = browser.value("getComputedStyle(document.querySelector('svg [id*=text_] g')).fill")
+    assert [int(n) for n in re.findall(r"\d+", letters)[:3]] == text  # plots write in the page's colour
+    assert browser.value("[...document.querySelectorAll('svg')].every(s => s.getBoundingClientRect().height > 100)")
+    assert browser.value("new Set([...document.querySelectorAll('[id]')].map(e => e.id)).size") == browser.value(
+        "document.querySelectorAll('[id]').length"
+    )
+    picture = house / f"{width}{scheme}.png"
+    browser.screenshot(picture)
+    assert picture.stat().st_size > 20_000
+
+
+@pytest.mark.slow
+def test_browser_sees_what_leaves_the_page(browser, tmp_path):
+    """The test above could not fail otherwise: a page that loads something is caught."""
+    path = tmp_path / "leaks.html"
+    path.write_text('<img src="http://example.invalid/x.png"><div style="width: 900px">wide</div>', encoding="utf-8")
+    browser.show(path.as_uri(), 360, "light")
+    assert browser.requests() == [path.as_uri(), "http://example.invalid/x.png"]
+    assert browser.value("document.documentElement.scrollWidth") > 360
