@@ -79,8 +79,11 @@ def plot_speed(result: dict):
     names = [short(results.label(e, result["kind"])) for e in rows]
     bars(axes, names, values, [(min(r), max(r)) for r in rounds], ends)
     title = "The ladder: each row adds one setting to the row above it"
-    axes.set(title=title if result["kind"] == "ladder" else "The top rung with one setting put back")
-    axes.set(xlabel=f"tokens/s, × first row (median of all steps; whiskers: least and most of {len(rounds[0])} rounds)")
+    # of the figure, not of the axes: long names leave the axes too narrow for them
+    figure.suptitle(title if result["kind"] == "ladder" else "The top rung with one setting put back")
+    figure.supxlabel(
+        f"tokens/s, × first row (median of all steps; whiskers: least and most of {len(rounds[0])} rounds)", size=10
+    )
     return figure
 
 

@@ -70,7 +70,8 @@ def test_page_in_a_browser(house, browser, width, scheme):
     )
     assert (sum(ground) > sum(text)) == (scheme == "light")
     assert abs(sum(ground) - sum(text)) > 3 * 150
-    letters = browser.value("getComputedStyle(document.querySelector('svg [id*=text_] g')).fill")
+    glyph = "[...document.querySelectorAll('svg use')].find(u => u.getAttribute('xlink:href').includes('DejaVu'))"
+    letters = browser.value(f"getComputedStyle({glyph}).fill")
     assert [int(n) for n in re.findall(r"\d+", letters)[:3]] == text  # plots write in the page's colour
     assert browser.value("[...document.querySelectorAll('svg')].every(s => s.getBoundingClientRect().height > 100)")
     assert browser.value("new Set([...document.querySelectorAll('[id]')].map(e => e.id)).size") == browser.value(
