@@ -649,7 +649,7 @@ def start(sizes: BenchConfig, device: torch.device) -> dict:
 def whole_run(paths: list[str], sizes: BenchConfig) -> dict:
     """Train a config from its first step to its last, evaluate it, let it write."""
     if len(paths) != 1:
-        raise UserError("one whole run of what? type python bench.py run config/tinystories_sample.py")
+        raise UserError("one whole run of what? type python bench.py run config/enwik8.py")
     places = [f"--data_dir={sizes.data_dir}", f"--device={sizes.device}"]
     Path("out").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir="out") as folder:

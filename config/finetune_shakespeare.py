@@ -1,9 +1,9 @@
-"""GPT-2's own weights, tuned on tiny Shakespeare for twenty steps.
+"""GPT-2's own weights, fine-tuned on tiny Shakespeare for twenty steps.
 
     python prepare_data.py shakespeare && python train.py config/finetune_shakespeare.py
-    python train.py config/finetune_shakespeare.py --init_from=path/to/gpt2        # where the hub cannot be reached
+    python train.py config/finetune_shakespeare.py --init_from=path/to/gpt2        # without a connection to the hub
 
-Expect: not measured here, where the hub is out of reach; tested with a small model in the same layout.
+Hardware: one GPU, or a CPU with patience. Not measured yet; tested with a small model in the same layout.
 """
 
 from configurator import Config

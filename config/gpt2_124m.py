@@ -1,12 +1,13 @@
-"""GPT-2 124M on 10 billion tokens of FineWeb-Edu: the reproduction.
+"""GPT-2 124M on 10 billion tokens of FineWeb-Edu.
 
     python prepare_data.py fineweb_edu                                  # 20 GB of shards, hours
+    python train.py config/gpt2_124m.py --plan                          # memory, time and disk, before the first step
     torchrun --nproc_per_node=8 train.py config/gpt2_124m.py            # or python train.py on one GPU
-    python train.py config/gpt2_124m.py --plan                          # what it takes, before the first step
 
-BenchConfig and rates: the GPT-3 paper (table 2.1: 0.5M tokens a step, 6e-4, decay to a tenth), with a warm-up of 375M tokens.
-Expect: validation loss at or under GPT-2's own 3.29 on this data after 19,073 steps; HellaSwag 0.294 (GPT-2: 0.2955; public
-figures of the build-nanogpt project, not measured here: no machine of ours has run it yet).
+Hardware: 80 GB GPUs; smaller ones with a smaller --batch_size. Sizes and rates are the GPT-3 paper's (table 2.1: 0.5M tokens a
+step, 6e-4, decay to a tenth), with a warm-up of 375M tokens.
+Expect: after 19,073 steps a validation loss at or under that of OpenAI's GPT-2 (gpt2_124m.curve.json holds it with its source,
+and the log compares). HellaSwag 0.294, GPT-2 itself 0.2955, by the build-nanogpt project. Not measured by us yet.
 """
 
 from configurator import Config

@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=8 train.py config/gpt2_1558m.py                       # 80 GB GPUs
     torchrun --nproc_per_node=8 train.py config/gpt2_1558m.py --parallel=fsdp       # smaller ones
 
-Expect: not measured here. Chinchilla's rule of thumb asks for 31 billion tokens at this size: --max_steps=59000.
+Not measured by us yet. Chinchilla's 20 tokens per parameter would be 31 billion tokens: --max_steps=59000.
 """
 
 from dataclasses import replace

@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=8 train.py config/gpt2_774m.py
 
-Expect: not measured here. Chinchilla's rule of thumb asks for 15 billion tokens at this size.
+Hardware: 80 GB GPUs. Not measured by us yet. Chinchilla's 20 tokens per parameter would be 15 billion tokens.
 """
 
 from dataclasses import replace

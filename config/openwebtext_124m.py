@@ -1,9 +1,10 @@
-"""GPT-2 124M on OpenWebText, as nanoGPT trains it: no biases, 491,520 tokens a step, beta2 0.95, 600,000 steps.
+"""GPT-2 124M on OpenWebText as nanoGPT trains it: no biases, 491,520 tokens a step, 600,000 steps.
 
     python prepare_data.py openwebtext                                  # 18 GB of shards
     torchrun --nproc_per_node=8 train.py config/openwebtext_124m.py
 
-Expect: validation loss about 2.85 (nanoGPT's README; GPT-2's own weights have 3.12 on it). Not measured here.
+Hardware: 8 GPUs for days. Expect: validation loss about 2.85 (nanoGPT's README; GPT-2's own weights have 3.12 on it). Not
+measured by us yet.
 """
 
 from configurator import Config

@@ -1,9 +1,10 @@
-"""Characters of tiny Shakespeare with a 10.6M-parameter GPT: a GPU's few minutes.
+"""Characters of tiny Shakespeare with a 10.6M-parameter GPT: minutes on a GPU.
 
-    python prepare_data.py shakespeare_char && torchrun train.py config/shakespeare_char.py
+    python prepare_data.py shakespeare_char
+    python train.py config/shakespeare_char.py
 
-The sizes are nanoGPT's baby GPT, which reaches a validation loss of 1.4697 on a GPU (its README). Not yet measured by us.
-On a CPU take shakespeare_char_cpu.py.
+Hardware: one GPU; on a CPU use shakespeare_char_cpu.py. Expect: the sizes are those of nanoGPT's baby GPT, which reaches a
+validation loss of 1.4697 (its README). Not measured by us yet.
 """
 
 from configurator import Config

@@ -1,9 +1,10 @@
-"""Rung 0: GPT-2 124M written out plainly in float32: the T x T scores in memory, 50257 columns, AdamW as a Python loop.
+"""Rung 0: GPT-2 124M written out plainly in float32: T x T scores in memory, 50257 columns, AdamW as a Python loop.
 
     python train.py config/ladder/r00_fp32.py
+    python bench.py ladder                      time every rung
 
-Tokens per step, sequence length and data order are the same on every rung, and so is what is learned; bench.py sets the sizes
-to the machine (python bench.py ladder).
+Every rung has the same tokens per step, sequence length and order of data, and so learns the same. bench.py sets the sizes to
+fit the machine.
 """
 
 from configurator import Config

@@ -1,4 +1,4 @@
-"""Rung 1: TF32. Float32 matmuls round their inputs to 10 bits of mantissa and use the tensor cores. Read in run_module.build()."""
+"""Rung 1: TF32. Float32 matmuls round their inputs to 10 bits of mantissa and use tensor cores. Read in machine.set_up()."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Rung 1's twin on a CPU, beside the ladder: oneDNN may round float32 matmuls to bfloat16. Read in run_module.build()."""
+"""Rung 1's CPU form, beside the ladder: oneDNN may round float32 matmuls to bfloat16. Read in machine.set_up()."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Rung 2: bfloat16 autocast. Matmuls read and write half the bytes at twice TF32's rate. Read in run_module.Run.autocast()."""
+"""Rung 2: bf16 autocast. Matmuls read and write half the bytes, at twice TF32's rate. Read in Run.autocast()."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Rung 3: torch.compile. Fuses elementwise chains and removes launch overhead. Read in run_module.compile_model()."""
+"""Rung 3: torch.compile. Fuses chains of elementwise operations and removes launch overhead. Read in run.compile_model()."""
 
 from dataclasses import replace
 

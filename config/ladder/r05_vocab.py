@@ -1,4 +1,4 @@
-"""Rung 5: vocabulary rows padded from 50257 to 50304. Whole matmul tiles. Read in model.GPTConfig.padded_vocab_size."""
+"""Rung 5: vocabulary padded from 50257 to 50304 rows: whole matmul tiles. Read in GPTConfig.padded_vocab_size."""
 
 from dataclasses import replace
 

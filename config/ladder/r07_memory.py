@@ -1,4 +1,4 @@
-"""Rung 7: keep freed memory in the process (CPU). No page is zeroed and faulted in anew at each step. Read in run_module.build()."""
+"""Rung 7: keep freed memory in the process (CPU). Steps no longer fault in zeroed pages. Read in machine.set_up()."""
 
 from dataclasses import replace
 

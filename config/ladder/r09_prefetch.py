@@ -1,4 +1,4 @@
-"""Rung 9: the next batch is read, and its copy to the GPU queued, while this one computes. Read in run_module.Run."""
+"""Rung 9: prefetch. The next batch is read and copied while this one computes. Read in Run.next_batch()."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Rung 11: two processes started by torchrun, each with half of every step. Read in run_module.build()."""
+"""Rung 11: two processes started by torchrun, each with half of every step. Read in run.build()."""
 
 from dataclasses import replace
 

@@ -1,9 +1,9 @@
 """Stage 5: GPT-2's initialisation, with residual projections scaled by 1/sqrt(2 * n_layer).
 
-    python train.py config/stages/s5_gpt2_init.py        2 CPU cores: under a minute
+    python train.py config/stages/s5_gpt2_init.py
+    python bench.py stages                              # measure all stages, and the residual stream with and without scaling
 
-Expect: loss about 6.8 at step 50. What the scaling does to the residual stream through the depth: `python bench.py stages`
-measures it with and without, report.py draws it.
+Hardware: 2 CPU cores, under a minute. Expect: loss about 6.7 at step 50 (results/amd-epyc-2-cores/stages.json).
 """
 
 from dataclasses import replace
