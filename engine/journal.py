@@ -57,6 +57,11 @@ def duration(seconds: float) -> str:
     return f"{h}h{m:02d}m" if h else f"{m}m{s:02d}s" if m else f"{s}s"
 
 
+def compact(value: float, decimals: int) -> str:
+    """99.9512 -> '99.95', 1234.5 -> '1,234', 1e9 -> '1e+09': five characters, since a log line should fit 120 columns."""
+    return f"{value:.{decimals}f}" if value < 99.995 else f"{value:,.0f}" if value < 9999.5 else f"{value:.0e}"
+
+
 class Journal:
     """One JSON object a line; a line on the terminal now and then. Silent in all processes but rank 0."""
 
@@ -135,13 +140,13 @@ class Journal:
             f"step {step:>6}/{cfg.max_steps}",
             f"loss {result.loss:.4f}",
             f"lr {result.lr:.1e}",
-            f"norm {result.grad_norm:.2f}",
+            f"norm {compact(result.grad_norm, 2)}",
             ms,
-            f"{rate:,.0f} tok/s",
+            f"{rate / 1e6:.2f}M tok/s" if rate >= 1e6 else f"{rate:,.0f} tok/s",
             *([f"mfu {mfu:.1%}"] if mfu else []),
-            f"{memory:.1f} GiB",
+            f"{compact(memory, 1)} GiB",
         ]
-        if step > self.first_step:  # the first one compiles: it says nothing about the others
+        if self.first_step < step < cfg.max_steps:  # the first one may compile: it tells nothing about the others
             line.append(f"eta {duration((now - self.begun) / (step - self.first_step) * (cfg.max_steps - step))}")
         self.say(" | ".join(line))
 

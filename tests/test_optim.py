@@ -30,7 +30,8 @@ def plans(draw, schedules=("cosine", "linear", "constant")):
 
 
 @given(plans())
-def test_warm_up_rises_in_equal_steps_from_nothing_to_the_peak(cfg):
+def test_warm_up_rises_in_equal_steps_to_the_peak(cfg):
+    """The first step has one step's share of it already."""
     rises = [optim.learning_rate(cfg, s) for s in range(cfg.warmup_steps + 1)]
     for step, rate in enumerate(rises[:-1]):
         assert rate == pytest.approx(cfg.learning_rate * (step + 1) / cfg.warmup_steps)
@@ -87,6 +88,29 @@ def test_only_matrices_decay_and_every_parameter_is_there_once(tiny, tied):
         assert (p.dim() == 2) == (name.endswith("weight") and ".ln_" not in name)
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(held) == sorted({id(p) for p in model.parameters()})
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("frozen", [(), ("transformer.wpe.weight", "transformer.h.0.")])
+@pytest.mark.parametrize("size", [1e-3, 1.0])  # of each number: norms far below the bound and far above it
+def test_gradients_are_clipped_as_torchs_clip_grad_norm_does(tiny, fused, frozen, size):
+    """By what AdamW keeps of them, for its update hardly depends on their scale. Frozen parameters have no gradient."""
+    found = []
+    for ours in (True, False):
+        model, optimizer, _ = built(tiny, fused_adamw=fused)
+        noise = torch.Generator().manual_seed(1)
+        for name, p in model.named_parameters():
+            p.requires_grad_(not name.startswith(frozen or "nothing"))
+            p.grad = size * torch.randn(p.shape, generator=noise) if p.requires_grad else None
+        norm = optim.gradient_norm(model) if ours else torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
+        if ours:
+            optim.clip(model, optimizer, 2.0, norm)
+        optimizer.step()
+        optim.unclip(optimizer)
+        moments = [optimizer.state[p]["exp_avg"].flatten() for p in model.parameters() if p.requires_grad]
+        found.append((norm, torch.cat(moments)))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("fused", [True, False])

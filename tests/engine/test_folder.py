@@ -48,7 +48,7 @@ def test_a_folder_that_cannot_be_is_found_before_the_first_step(cfg, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_layer": 1, "resume": True}, r"trained with n_layer=2, not 1: use --n_layer=2"),
+        ({"n_layer": 1, "resume": True}, r"trained with n_layer=2, not 1, which cannot change"),
         ({"tie_weights": False, "resume": True}, r"tie_weights=True"),
         ({"wandb": "online"}, "pip install wandb"),
         ({"wandb": "online", "resume": True}, "pip install wandb"),
@@ -64,7 +64,7 @@ def test_a_run_that_is_refused_leaves_the_earlier_one_as_it_was(cfg, monkeypatch
 
 
 def test_resuming_nothing_is_refused_and_does_not_block_a_fresh_start(cfg):
-    with pytest.raises(UserError, match="holds no checkpoint"):
+    with pytest.raises(UserError, match="has no checkpoint"):
         train.train(replace(cfg, resume=True))
     train.train(cfg)
     assert max(losses(cfg)) == 6

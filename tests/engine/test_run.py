@@ -82,7 +82,7 @@ def test_out_of_memory_is_the_same_run_in_smaller_micro_batches(
 def test_as_much_as_fits_is_the_whole_share(cfg, capsys):
     train.train(replace(cfg, batch_size="auto", tokens_per_step=32 * 12))
     said = capsys.readouterr().out
-    assert "chosen: batch_size = 12, the whole share of a process; halved until it fits" in said
+    assert "batch_size = 12, the whole share of a process; halved until it fits" in said
     assert "1 micro-batches x 12 sequences" in said
 
 
