@@ -26,6 +26,12 @@ def loss_cell(entry: dict, base: dict) -> str:
     return f"{found:.1e}" + ("" if found <= allowed else " TOO FAR")
 
 
+def percent(share: float, sign: str = "-") -> str:
+    """ "12%", or with sign="+" "+12%"; "0%" rather than "-0%"."""
+    text = format(share, f"{sign}.0%")
+    return "0%" if text in ("+0%", "-0%") else text
+
+
 def skipped_line(result: dict) -> list[str]:
     """One paragraph that names the skipped rows, those with the same reason together; none if nothing was skipped."""
     reasons: dict[str, list[str]] = {}
@@ -58,7 +64,7 @@ def steps_row(result: dict, entry: dict, base: dict) -> list[str]:
         f"{tokens_per_s(result, entry):,.0f}",
         "–" if first else f"{gain:.2f}× [{least:.2f}, {most:.2f}]",
         f"{ratio(base, entry)[0]:.2f}×",
-        "–" if first else f"{1 - 1 / gain:.0%}" if is_ladder else f"{gain - 1:+.0%}",
+        "–" if first else percent(1 - 1 / gain) if is_ladder else percent(gain - 1, "+"),
         f"{entry['memory_gib']:.1f}",
         *([f"{flops / peak:.1%}"] if peak else []),
         f"{flops / gemm:.0%}" if gemm else "n/a",
