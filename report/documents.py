@@ -18,14 +18,21 @@ def documents(root: Path) -> list[Path]:
     return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
 
 
+# What reading an untrusted or damaged result can raise: no file, no JSON, no such part, not the shape of its kind
+DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
+
+
 def result_files(root: Path) -> list[Path]:
     """results/<hardware>/<kind>.json, of the kinds that are known. ValueError if one is damaged."""
     found = []
     for path in sorted((root / "results").glob("*/*.json")):
         try:
-            found += [path] * (results.load(path).get("kind") in kinds.KINDS)
-        except (OSError, ValueError) as e:
-            raise ValueError(f"{path.relative_to(root)} is damaged: {e}") from None
+            result = results.load(path)
+            if result.get("kind") in kinds.KINDS:
+                kinds.blocks(result)
+                found.append(path)
+        except DAMAGED as e:
+            raise ValueError(f"{path.relative_to(root)} is damaged: {type(e).__name__}: {e}") from None
     return found
 
 
@@ -40,7 +47,7 @@ def generated(text: str, name: str, root: Path) -> tuple[str, list[str]]:
         except FileNotFoundError:
             maker = "tests/faults.py" if source.stem == "faults" else f"bench.py {source.stem}"
             errors.append(f"{match[2]}, which generated blocks show, does not exist: run python {maker}")
-        except (OSError, ValueError, KeyError, TypeError) as e:  # no JSON, no such part, not the shape of its kind
+        except DAMAGED as e:
             errors.append(f"{name} cannot show {match[2]}{match[3]}: {type(e).__name__}: {e}")
         return match[0]
 

@@ -3,6 +3,17 @@
 import math
 import statistics
 
+from base.errors import UserError
+
+
+def scipy_stats():
+    """scipy.stats. UserError where scipy, which training does not need, is not installed."""
+    try:
+        import scipy.stats
+    except ModuleNotFoundError:
+        raise UserError("confidence intervals need scipy: run pip install scipy") from None
+    return scipy.stats
+
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
     """(first quartile, median, third quartile), interpolated linearly, as numpy.percentile does."""
@@ -20,9 +31,7 @@ def interval(values: list[float]) -> tuple[float, float, float]:
     error = statistics.stdev(values) / math.sqrt(len(values))
     if not error:
         return mean, mean, mean
-    from scipy.stats import t
-
-    low, high = t.interval(0.95, len(values) - 1, loc=mean, scale=error)
+    low, high = scipy_stats().t.interval(0.95, len(values) - 1, loc=mean, scale=error)
     return mean, float(low), float(high)
 
 
@@ -33,7 +42,5 @@ def difference(a: list[float], b: list[float]) -> tuple[float, float, float]:
         return middle, -math.inf, math.inf
     if not statistics.variance(a) and not statistics.variance(b):  # scipy would answer with NaN
         return middle, middle, middle
-    from scipy.stats import ttest_ind
-
-    ends = ttest_ind(b, a, equal_var=False).confidence_interval(0.95)
+    ends = scipy_stats().ttest_ind(b, a, equal_var=False).confidence_interval(0.95)
     return middle, float(ends.low), float(ends.high)

@@ -113,12 +113,18 @@ def test_block_that_cannot_be_made_is_an_error_and_stays(house, text, message):
     assert message in errors[0]
 
 
-@pytest.mark.parametrize("content", ['{"kind": "why", ', "[]", "\xff"])
-def test_damaged_result_is_one_line(house, capsys, content):
+@pytest.mark.parametrize(
+    "content", ['{"kind": "why", ', "[]", "\xff", '{"kind": "why"}', '{"kind": []}', '{"kind": "ladder", "rungs": 3}']
+)
+def test_damaged_result_is_named_without_a_traceback(house, capsys, content):
+    """Not JSON, not an object, not UTF-8, not the shape of its kind."""
     (house / "results" / "a-machine" / "why.json").write_bytes(content.encode("latin-1"))
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as e:
         command.main(["--check"], house)
-    assert "results/a-machine/why.json" in capsys.readouterr().err
+    assert e.value.code == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert "results/a-machine/why.json is damaged" in errors[-1]
+    assert all(line.startswith("error: ") for line in errors)
 
 
 def test_forgotten_end_does_not_swallow_what_follows(house):
