@@ -84,7 +84,7 @@ def _server() -> multiprocessing.context.BaseContext:
         path = os.environ.get("PYTHONPATH")  # the server of Python 3.11 and 3.12 is not told of sys.path
         os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE), *([path] if path else [])])
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        context.set_forkserver_preload(["train", "prove", "torch._dynamo", "pytest", "hypothesis"])
+        context.set_forkserver_preload(["train", "safety.prove", "torch._dynamo", "pytest", "hypothesis"])
         try:
             forkserver.ensure_running()
         finally:

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from configurator import Config
-from engine import restore
+from engine import checkpoint, restore
 from engine.run import Run
+from safety import capsule
 
 
 def no_constant(name: str):
@@ -58,3 +59,25 @@ def weights(run: Run) -> torch.Tensor:
 def contents(folder: Path) -> dict[str, bytes]:
     """{path: content} of all files in a folder."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+# ---- the state of a run that several processes share out ------------------------------------------------------------------
+
+
+def state(run: Run) -> dict[str, torch.Tensor]:
+    """Weights and moments, whole: under zero1 the moments that this process keeps."""
+    weights, moments = checkpoint.state_tensors(run.model, run.optimizer)
+    return {name: capsule.full(t).clone() for name, t in (weights | moments).items()}
+
+
+def merged(states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """One state from those of all processes; what several have must be equal."""
+    whole = {}
+    for found in states:
+        for name, t in found.items():
+            assert torch.equal(whole.setdefault(name, t), t), name
+    return whole
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

@@ -1,0 +1,273 @@
+"""Checkpoints of several processes: any layout resumes any other, shares that do not fit are refused, and full disks are
+survived by all.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import ranks
+import safetensors.torch
+import torch
+import torch.distributed.checkpoint as dcp
+from runs import equal, merged, state
+
+import train
+from base import errors
+from base.errors import UserError
+from configurator import Config
+from engine import checkpoint, folder, parallel, restore
+from engine.journal import Progress
+from engine.run import build
+from model import GPT
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def cfg(tiny_run, tmp_path) -> Config:
+    """The tiny run, without dropout: its 18 characters are no multiple of 4, so shares are uneven."""
+    changes = dict(learning_rate=1e-3, out_dir=str(tmp_path / "run"), fused_adamw=True)
+    return Config(**tiny_run | changes)
+
+
+# ---- saved by one layout, resumed by another ----------------------------------------------------------------------------
+
+LAYOUTS = [("ddp", 1), ("zero1", 2), ("fsdp", 2), ("fsdp", 4)]
+
+
+def save(cfg: Config) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """(the state after two steps, which is saved, and the losses of the next two, which run meanwhile)."""
+    run = build(cfg)
+    out = Path(cfg.out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    for step in range(2):
+        train.train_step(run, step)
+    before = state(run)
+    saver = checkpoint.Saver(out, run.world, parallel.shares_state(run.train_model, run.optimizer), background=True)
+    saver.save(folder.snapshot(run, Progress(step=2)), 1, None)
+    numbers = [train.train_step(run, step).loss for step in (2, 3)]
+    saver.wait()
+    saver.close()
+    parallel.barrier()
+    run.close()
+    return before, numbers
+
+
+def resumed(cfg: Config, folders: list[Path]) -> list[tuple[dict[str, torch.Tensor], list[float]]]:
+    """(the state as loaded, the losses of the next two steps) from each of some runs."""
+    run = build(cfg)
+    found = []
+    for out in folders:
+        assert folder.resume(run, out).step == 2
+        found.append((state(run), [train.train_step(run, step).loss for step in (2, 3)]))
+    run.close()
+    return found
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_run, tmp_path_factory) -> dict[tuple[str, int], tuple]:
+    """{layout: (run's folder, the state in it, the losses of the two steps after it)}."""
+    home, found = tmp_path_factory.mktemp("layouts"), {}
+    for kind, world in LAYOUTS:
+        out = home / f"{kind}_{world}"
+        cfg = Config(**tiny_run | dict(learning_rate=1e-3, parallel=kind, out_dir=str(out)))
+        parts = ranks.run(world, home / f"{out.name}_ranks", save, cfg) if world > 1 else [save(cfg)]
+        found[kind, world] = out, merged([p[0] for p in parts]), parts[0][1]
+    return found
+
+
+@pytest.mark.parametrize(("kind", "world"), [*LAYOUTS[:3], pytest.param(*LAYOUTS[3], marks=pytest.mark.slow)])
+def test_any_layout_resumes_any_other(cfg, saved, tmp_path, kind, world):
+    """Weights, moments and step counters bit for bit; then the same losses, within the rounding of other sums."""
+    cfg, folders = replace(cfg, parallel=kind), [out for out, _, _ in saved.values()]
+    parts = ranks.run(world, tmp_path / "ranks", resumed, cfg, folders) if world > 1 else [resumed(cfg, folders)]
+    for number, (_, expected, numbers) in enumerate(saved.values()):
+        loaded = merged([p[number][0] for p in parts])
+        assert len(expected) == 4 * len(list(GPT(cfg).named_parameters()))
+        assert equal(loaded, expected)
+        for a, b in zip(parts[0][number][1], numbers, strict=True):
+            assert a == pytest.approx(b, rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout_is_a_model_to_sample_from(saved, layout):
+    out, expected, _ = saved[layout]
+    model, tokenizer = restore.load_model(str(out))
+    assert equal({n: p.detach() for n, p in model.named_parameters()}, {n: expected[n] for n, _ in model.named_parameters()})
+    assert (model.lm_head.weight is model.transformer.wte.weight) == model.cfg.tie_weights
+    assert tokenizer.vocab_size == model.cfg.vocab_size
+    assert model(torch.arange(8)[None]).isfinite().all()
+
+
+@pytest.mark.parametrize("layout", [("zero1", 2), ("fsdp", 4)])
+def test_a_share_that_is_missing_or_damaged_is_refused(saved, layout, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(saved[layout][0], out)
+    place = restore.newest(out)
+    shares = sorted(place.glob("shard-*.safetensors"))
+    assert len(shares) >= 2
+    content = shares[1].read_bytes()
+    for change in (lambda p: p.unlink(), lambda p: p.write_bytes(content[:-1] + b"x"), lambda p: p.write_bytes(content[:99])):
+        change(shares[1])
+        with pytest.raises(UserError, match=shares[1].name):
+            restore.verify(place)
+    shares[1].write_bytes(content)
+    restore.verify(place)
+
+
+@pytest.mark.parametrize("layout", [("zero1", 2), ("fsdp", 4)])
+def test_shares_that_do_not_make_a_whole_are_refused(saved, layout, tmp_path):
+    """Even where the manifest was made to fit: nothing is left as it happened to be. Shares are those of no other model."""
+    out = tmp_path / "run"
+    shutil.copytree(saved[layout][0], out)
+    place = restore.newest(out)
+    shares = sorted(place.glob("shard-*.safetensors"))
+    cfg = restore.read_config(place)
+    content = [p.read_bytes() for p in shares]
+    tensors = safetensors.torch.load_file(shares[1])
+    with safetensors.safe_open(shares[1], "pt") as f:
+        metadata = f.metadata()
+
+    def seal():
+        manifest = json.loads((place / "manifest.json").read_text())
+        there = {p.name: p.read_bytes() for p in place.iterdir() if p.name != "manifest.json"}
+        manifest["files"] = {n: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in there.items()}
+        (place / "manifest.json").write_text(json.dumps(manifest))
+        restore.verify(place)
+
+    def rewritten(change):
+        changed, described = dict(tensors), dict(metadata or {})
+        change(changed, described)
+        safetensors.torch.save_file(changed, shares[1], described)
+
+    name = next(n for n in tensors if n.startswith("exp_avg.") and tensors[n].dim() == 2)
+    kind = next(iter(metadata))
+    forgeries = [
+        lambda: shares[1].unlink(),
+        lambda: rewritten(lambda t, m: t.pop(name)),
+        lambda: rewritten(lambda t, m: t.update({name: t[name][:-1].clone()})),
+        lambda: rewritten(lambda t, m: t.update({name: t[name].long()})),
+        lambda: rewritten(lambda t, m: t.update({"exp_avg.of.nothing": t[name].clone()})),
+        lambda: rewritten(lambda t, m: m.clear()),
+        lambda: rewritten(lambda t, m: m.update({kind: "{}"})),
+        lambda: rewritten(lambda t, m: m.update({kind: "[" * 9})),
+        lambda: rewritten(lambda t, m: m.update({kind: m[kind].replace("0", "1")})),
+        lambda: rewritten(lambda t, m: m.update({kind: m[kind].replace("[", "[-7, ")})),
+        lambda: shares[1].write_bytes(pickle.dumps(tensors)),
+        lambda: shares[1].write_bytes(shares[0].read_bytes()),
+    ]
+    run = build(replace(cfg, parallel="ddp"))
+
+    def load():
+        restore.load_weights(place, run.model)
+        restore.load_training(place, run.model, run.optimizer, 0, CPU)
+
+    taken = []
+    for number, forge in enumerate(forgeries):
+        forge()
+        seal()
+        with torch.no_grad():
+            for p in run.model.parameters():
+                p.fill_(9.0)
+        said = ""
+        try:
+            load()
+        except UserError as e:
+            said = str(e)
+        if not said and not equal(state(run), saved[layout][1]):  # else it was the same in other words
+            taken.append(number)
+        assert not said or str(place) in said or shares[1].name in said
+        assert "\n" not in said
+        for path, whole in zip(shares, content, strict=True):
+            path.write_bytes(whole)
+    assert not taken
+    seal()
+    load()
+    assert equal(state(run), saved[layout][1])
+
+
+def full_disk(cfg: Config, where: str, rank: int) -> tuple[str, list[str], list[str]]:
+    """A run whose second checkpoint meets a full disk: (what it raised, its checkpoints, what else is there)."""
+    plain_write, plain_mkdir = dcp.HuggingFaceStorageWriter.write_data, Path.mkdir
+    mine = int(os.environ["RANK"]) == rank
+
+    def full(path: object):
+        if mine and "step_00000004" in str(path):
+            raise OSError(28, "No space left on device")
+
+    def write_data(self, *args):
+        full(self.path)
+        return plain_write(self, *args)
+
+    def mkdir(self, *args, **how):
+        full(self)
+        return plain_mkdir(self, *args, **how)
+
+    def write_config(folder, cfg, plain=checkpoint.write_config):
+        full(folder)
+        plain(folder, cfg)
+
+    if where == "shares":
+        dcp.HuggingFaceStorageWriter.write_data = write_data
+    elif where == "folder":
+        Path.mkdir = mkdir
+    else:
+        checkpoint.write_config = write_config
+    try:
+        train.train(cfg)
+        raised = ""
+    except UserError as e:
+        raised = str(e)
+    names = sorted(p.name for p in Path(cfg.out_dir).iterdir())
+    return raised, [n for n in names if n.startswith("step_")], [n for n in names if n.startswith(".writing")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "where", "rank"), [("zero1", "shares", 1), ("fsdp", "shares", 0), ("fsdp", "folder", 0), ("zero1", "final", 0)]
+)
+def test_shared_saves_survive_a_full_disk(cfg, tmp_path, kind, where, rank):
+    """Of any process: the run continues with a warning, and the next save is whole."""
+    cfg = replace(cfg, parallel=kind, checkpoint_interval=2, eval_interval=6, keep_checkpoints=3)
+    with ranks.started(2, tmp_path / "ranks", full_disk, cfg, where, rank) as found:
+        ranks.wait(found, 40)
+        assert [r.value for r in found] == [("", ["step_00000002", "step_00000006"], [])] * 2
+        said = found[0].stderr + found[1].stderr
+    assert "No space left on device" in said
+    assert "training continues" in said
+    assert restore.newest(Path(cfg.out_dir)).name == "step_00000006"
+
+
+def fails_at_the_end(cfg: Config) -> None:
+    plain = checkpoint.write_config
+
+    def write_config(folder, cfg):
+        if "step_00000006" in folder.name:
+            raise OSError(28, "No space left on device")
+        plain(folder, cfg)
+
+    checkpoint.write_config = write_config
+    errors.entry(lambda _: train.train(cfg))
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("why", ["not a run", "No space left on device"])
+def test_what_only_the_first_process_finds_ends_all(cfg, tmp_path, kind, why):
+    """It says why; the others, which lose it in the middle of an exchange, do not bury that under tracebacks."""
+    if why == "not a run":
+        Path(cfg.out_dir).mkdir()
+        (Path(cfg.out_dir) / "thesis.txt").write_text("years of work")
+    with ranks.started(2, tmp_path / "ranks", fails_at_the_end, replace(cfg, parallel=kind)) as found:
+        ranks.wait(found, 30)
+        assert found[0].status == 2
+        assert found[1].status not in (0, None)
+        lines = [r.stderr.splitlines() for r in found]
+    assert lines[0][-1].startswith("[rank 0] error: ")
+    assert why in lines[0][-1]
+    assert len(lines[0]) == 1
+    assert len(lines[1]) <= 1, lines[1][-1]
