@@ -1,9 +1,9 @@
 """Write a model in the Hugging Face layout, for transformers and everything that reads it.
 
-    python export.py out/shakespeare exported      a run of ours, a checkpoint, or whatever sample.py takes
+    python export.py out/shakespeare exported      a run, a checkpoint, a model folder or gpt2; then a new folder
 
 AutoModelForCausalLM.from_pretrained("exported") and AutoTokenizer.from_pretrained("exported") read it. If transformers is
-installed, the export is read back and its logits are compared before it is announced.
+installed, it reads the export back and its logits are compared before success is reported.
 """
 
 from dataclasses import dataclass

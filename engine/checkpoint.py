@@ -82,9 +82,13 @@ class Snapshot:
     tokenizer: Tokenizer
     extra: dict  # JSON values for training.json
 
-    def copied(self, buffers: dict[str, Tensor]) -> "Snapshot":
-        """The same with its tensors copied to the CPU, into buffers that are made the first time and kept."""
+    @property
+    def random(self) -> dict[str, Tensor]:
+        """The random states by their names in a file."""
+        return {f"random.{rank}": state for rank, state in enumerate(self.random_states)}
 
+    def copied(self, buffers: dict[str, Tensor]) -> "Snapshot":
+        """The same with its tensors copied to the CPU, into buffers that are allocated the first time and kept."""
         for name, t in (self.weights | self.moments).items():  # no moment has the name of a weight
             if name not in buffers:
                 buffers[name] = torch.empty_like(t, device="cpu", pin_memory=t.device.type == "cuda")
@@ -219,9 +223,8 @@ def save(run_dir: Path, snapshot: Snapshot, keep: int, best_step: int | None = N
     sharded: all processes have written their shards of weights and moments to the folder already.
     """
     final = run_dir / step_name(snapshot.step)
-    random = {f"random.{rank}": state for rank, state in enumerate(snapshot.random_states)}
-    whole = {"model.safetensors": snapshot.weights, "training.safetensors": snapshot.moments | random}
-    write(final, snapshot, {"random.safetensors": random} if sharded else whole, sharded)
+    whole = {"model.safetensors": snapshot.weights, "training.safetensors": snapshot.moments | snapshot.random}
+    write(final, snapshot, {"random.safetensors": snapshot.random} if sharded else whole, sharded)
     for old in [c for c in candidates(run_dir) if c != final][keep - 1 :]:
         if old.name != step_name(best_step):
             remove(old)

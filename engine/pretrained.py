@@ -3,7 +3,7 @@
 In that layout linears are "Conv1D": their matrices lie transposed, (in, out). Names are ours but for an optional
 "transformer." prefix. Read: config.json and safetensors, from a folder or from the hub by name. Never a pickle.
 
-Written: a folder that transformers' AutoModelForCausalLM and AutoTokenizer read as they are, whatever our tokenizer.
+Written: a folder that transformers' AutoModelForCausalLM and AutoTokenizer read without conversion, with any of our tokenizers.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from model import GPT, GPT2_SIZES
 from tokenizer import END_OF_TEXT, GPT2_MERGES, GPT2_RANKS, BPETokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, cache_dir
 
 CONV1D = re.compile(r"(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
-# What our model computes; a Hugging Face config that says otherwise is another model.
+# What our model computes; a Hugging Face config that says otherwise describes another model.
 FIXED = {
     "model_type": "gpt2",
     "activation_function": "gelu_new",
@@ -52,7 +52,7 @@ HF_SIZES = {
 
 
 def config_from_hf(values: dict) -> GPTConfig:
-    """A Hugging Face GPT-2 config.json as ours; UserError for what our model does not compute."""
+    """A Hugging Face GPT-2 config.json as our GPTConfig; UserError for what our model does not compute."""
     if not isinstance(values, dict):
         raise UserError("config.json is not a JSON object")
     sizes = {}
@@ -175,16 +175,16 @@ def load_hub(name: str) -> GPT:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise UserError(f"loading {name} from the hub needs a package: type pip install huggingface_hub") from None
+        raise UserError(f"loading {name} from the hub needs a package: run pip install huggingface_hub") from None
     repo = f"openai-community/{name}" if name in GPT2_SIZES else name
     try:
         # etag_timeout: an unreachable hub is known after seconds
         folder = snapshot_download(repo, allow_patterns=["config.json", "model*.safetensors"], etag_timeout=10)
-    except Exception as e:  # it raises a dozen kinds, most of them "no network"
+    except Exception as e:  # it raises a dozen types, most of them "no network"
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         local = f"there is no folder {name}, and " if "/" in name else ""
         raise UserError(
-            f"{local}the hub does not give {repo} ({reason[:150]}); a local folder with its files works too"
+            f"{local}cannot load {repo} from the hub ({reason[:150]}); a local folder with its files works too"
         ) from None
     return load_hf_dir(Path(folder))
 
@@ -224,9 +224,11 @@ def bpe_files(tokenizer: GPT2Tokenizer | BPETokenizer) -> tuple[dict[str, int], 
         tokens, specials = tokenizer.tokens, tokenizer.special_ids
         vocab = {spelled(token): i for i, token in enumerate(tokens[: len(tokens) - len(specials)])} | specials
         if len(vocab) < len(tokens):  # never of tokenizers that were trained: their special tokens are cut out of the text
-            raise UserError("a special token of this tokenizer is spelled like an ordinary one: transformers could not tell")
+            raise UserError(
+                "a special token of this tokenizer is spelled like an ordinary one: transformers could not tell them apart"
+            )
         return vocab, [f"{spelled(tokens[a])} {spelled(tokens[b])}" for a, b in tokenizer.merges], specials
-    tokenizer.encode("a")  # now its two files lie where tiktoken looks for them
+    tokenizer.encode("a")  # downloads its two files to where tiktoken looks for them
     vocab, merges = json.loads(gpt2_file(GPT2_RANKS)), gpt2_file(GPT2_MERGES).decode().splitlines()[1:]
     return vocab, merges, {END_OF_TEXT: vocab[END_OF_TEXT]}
 
@@ -243,7 +245,7 @@ def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, bytes]:
     if isinstance(tokenizer, CharTokenizer):
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         cut = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
-        # the name of an unknown token is wanted; since there is none, unknown characters are refused
+        # a name is required; no such token is in the vocabulary, so unknown characters are refused
         words = {"type": "WordLevel", "vocab": tokenizer.id_of, "unk_token": "<unknown>"}
         whole |= {"pre_tokenizer": cut, "post_processor": None, "decoder": {"type": "Fuse"}, "model": words}
     else:
@@ -274,7 +276,7 @@ def compare(model: GPT, tokenizer: Tokenizer, folder: Path) -> tuple[float, floa
     try:
         theirs = transformers.AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True).float().eval()
         encoder = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as e:  # of any kind: it runs through four libraries
+    except Exception as e:  # of any type: it runs through four libraries
         raise UserError(f"transformers does not read it: {type(e).__name__}: {str(e).strip().partition(chr(10))[0]}") from None
     random = torch.Generator().manual_seed(0)
     idx = torch.randint(model.cfg.vocab_size, (2, min(model.cfg.block_size, 256)), generator=random)
@@ -292,13 +294,13 @@ def compare(model: GPT, tokenizer: Tokenizer, folder: Path) -> tuple[float, floa
 
 
 def export_hf(model: GPT, tokenizer: Tokenizer, to: Path, say: Callable[[str], None] = print) -> float | None:
-    """Write a model (on the CPU, in float32) and its tokenizer in the Hugging Face layout, wholly or not at all.
+    """Write a model (on the CPU, in float32) and its tokenizer in the Hugging Face layout, completely or not at all.
 
-    Read back by transformers, if that is installed: returns the largest difference of logits, else None. UserError if `to` is
-    there already, or cannot be written, or comes back as anything else.
+    If transformers is installed it reads the folder back: returns the largest difference of logits, else None. UserError if
+    `to` already exists or cannot be written, or if transformers computes anything else from it.
     """
     if to.exists() and not (to.is_dir() and not any(to.iterdir())):
-        raise UserError(f"{to} is there already: type another path")
+        raise UserError(f"{to} already exists: use another path")
     temporary = to.absolute().with_name(f".{to.absolute().name}.{os.getpid()}")
     difference = None
     try:
@@ -313,10 +315,12 @@ def export_hf(model: GPT, tokenizer: Tokenizer, to: Path, say: Callable[[str], N
                 raise UserError(f"transformers computes something else from it: logits differ by {difference:.1e}")
             say(f"transformers reads it: same tokens, logits up to {largest:.3g}, largest difference {difference:.1e}")
         else:
-            say("transformers is not installed, so it was not read back: pip install transformers and export again to be sure")
+            say(
+                "not checked: transformers is not installed (pip install transformers, then export again)"
+            )
         os.rename(temporary, to)
     except OSError as e:
-        raise UserError(f"cannot write {to}: {e.strerror or e}; type another path") from None
+        raise UserError(f"cannot write {to}: {e.strerror or e}; use another path") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     say(f"done: {', '.join(sorted(path.name for path in to.iterdir()))} in {to}")

@@ -1,11 +1,11 @@
 """One token through GPT-2, on a CPU with AVX512, as one call: the kernel is decode.c, its plain reference GPT.forward().
 
     model = decode.wrap(model)          the same to call; one sequence's one new token goes through the kernel
-    decode.why_not(model)               what stands against that here, or None
+    decode.why_not(model)               why the kernel cannot be used here, or None
 
-For one sequence a token costs as long as its weights take to be read. In bfloat16 PyTorch reads them at six tenths of the rate
-of a copy here, and spends more between its hundreds of calls on small tensors (LOG.md). The kernel is built by the C compiler
-in a second, once for each version of the source and kind of CPU.
+For one sequence, a token takes the time to read all weights once. In bfloat16 PyTorch reads them at 0.6 of the rate of a copy
+here, and loses more between its hundreds of calls on small tensors (LOG.md). The C compiler builds the kernel in a second, once
+for each version of the source and kind of CPU.
 """
 
 import ctypes
@@ -63,7 +63,7 @@ class _Model(Structure):
 
 @functools.cache
 def build() -> ctypes.CDLL | str:
-    """The kernel, loaded; or why there is none."""
+    """The loaded kernel, or why there is none."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return f"it is written for Linux on x86_64, not {platform.system()} on {platform.machine()}"
     flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1]
@@ -81,8 +81,8 @@ def build() -> ctypes.CDLL | str:
                 for command in ([*COMPILE, SOURCE, "-o", half], [*LINK, half, "-o", made, "-lm"]):
                     done = subprocess.run([compiler, *command], capture_output=True, text=True)
                     if done.returncode:
-                        said = (done.stderr.strip().splitlines() or ["no message"])[0]
-                        return f"{compiler} cannot build {SOURCE.name}: {said}"
+                        message = (done.stderr.strip().splitlines() or ["no message"])[0]
+                        return f"{compiler} cannot build {SOURCE.name}: {message}"
                 os.replace(made, library)
         loaded = ctypes.CDLL(str(library))
     except OSError as e:
@@ -125,7 +125,7 @@ def _norm(module: nn.LayerNorm) -> _Norm:
 
 
 class Decoder(nn.Module):
-    """A model that is called as GPT is. Keeps addresses of its weights: they must not be replaced afterwards."""
+    """A model that is called like GPT. Keeps the addresses of its weights: they must not be replaced afterwards."""
 
     def __init__(self, model: GPT):
         super().__init__()
@@ -141,7 +141,7 @@ class Decoder(nn.Module):
         self.structs = _Model(wte, wpe, layers, _norm(model.transformer.ln_f), parts[-1], *sizes)
 
     def forward(self, idx: Tensor, cache: KVCache | None = None, last_only: bool = False) -> Tensor:
-        """Logits as GPT.forward gives them, float32 from the kernel. idx (B, T). IndexError for an id without a row, as there."""
+        """Logits as GPT.forward gives them, float32 from the kernel. idx (B, T). IndexError for an id without a row."""
         if cache is None or idx.shape != (1, 1):
             return self.model(idx, cache=cache, last_only=last_only)
         if cache is not self.cache:
@@ -158,5 +158,5 @@ class Decoder(nn.Module):
 
 
 def wrap(model: GPT) -> GPT | Decoder:
-    """The model behind the kernel, or the model itself where why_not() speaks."""
+    """The model behind the kernel, or the model itself where why_not() gives a reason."""
     return model if why_not(model) else Decoder(model)

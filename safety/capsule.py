@@ -1,8 +1,8 @@
-"""The crash capsule: what a step that was stopped had read, the first module that went wrong, and how to run it again.
+"""The crash capsule: the batch of a step that was stopped, the first module that went wrong, and how to run it again.
 
 out/<run>/crash_00000124/     a checkpoint from before the step (checkpoint.py) without AdamW's moments, and
     batch.safetensors         inputs and targets of the whole step, (micro-step, rank, B, T)
-    training.json             what was wrong, where it was seen first, into which shares the step was cut
+    training.json             what was wrong, in which module first, how the step was split
 
 python train.py --replay out/<run>/crash_00000124 --dtype=float32
 """
@@ -29,8 +29,8 @@ from engine.run import Run, build
 
 @contextmanager
 def first_bad_module(model: nn.Module) -> Iterator[list[str]]:
-    """Inside, the model runs uncompiled; the list gets the name of the first module whose output is not finite, or, if all
-    of forward is, of the first parameter whose gradient is not.
+    """Inside, the model runs uncompiled. The list gets the name of the first module whose output is not finite or, if all
+    outputs are, of the first parameter whose gradient is not.
     """
     found: list[str] = []
 
@@ -53,7 +53,7 @@ def first_bad_module(model: nn.Module) -> Iterator[list[str]]:
 
 
 def first_nonfinite_module(run: Run, step: int, random_before: Tensor) -> str:
-    """Runs the forward and backward passes of a step again and names what went wrong first, on the lowest rank it did."""
+    """Run the forward and backward passes of a step again; returns what went wrong first, on the lowest rank where it did."""
     run.model.zero_grad(set_to_none=True)
     checkpoint.set_rng_states(random_before, run.device)
     with first_bad_module(run.model) as found:
@@ -65,9 +65,11 @@ def first_nonfinite_module(run: Run, step: int, random_before: Tensor) -> str:
     text = torch.zeros(200, dtype=torch.uint8, device=run.device)
     content = torch.tensor(list((found[0] if found else "").encode()[:200]), dtype=torch.uint8)
     text[: len(content)] = content
-    for rank, said in enumerate(parallel.gather(text)):
-        if name := bytes(said.tolist()).rstrip(b"\0").decode():
-            shared = optim.is_sharded(run.train_model) and name.endswith("(gradient)")  # has been added up over the processes
+    for rank, name_bytes in enumerate(parallel.gather(text)):
+        if name := bytes(name_bytes.tolist()).rstrip(b"\0").decode():
+            shared = optim.is_sharded(run.train_model) and name.endswith(
+                "(gradient)"
+            )  # summed over the processes before anyone sees it
             return name + (f" in process {rank}" if run.world.size > 1 and not shared else "")
     return "nothing, when the step was run again without the compiler"
 
@@ -76,7 +78,7 @@ def first_nonfinite_module(run: Run, step: int, random_before: Tensor) -> str:
 
 
 class ReplayBatch:
-    """The one batch of a capsule, in place of data.TrainBatches; cut for any number of processes that divides it."""
+    """The one batch of a capsule, in place of data.TrainBatches, for any number of processes that divides it."""
 
     def __init__(self, inputs: Tensor, targets: Tensor):
         self.sequences = [t.flatten(0, 2) for t in (inputs, targets)]  # (all of the step, T)
@@ -88,20 +90,20 @@ class ReplayBatch:
 
 
 def report(run: Run, out: Path, stopped: TrainingStopped, snapshot: checkpoint.Snapshot) -> str:
-    """Write the capsule of a step that was stopped; returns what to tell the user. Every process must call it."""
+    """Write the capsule of a step that was stopped; returns the error message. Every process must call it."""
     states = parallel.gather(stopped.random_before.to(run.device))
     snapshot = replace(snapshot, random_states=[state.cpu() for state in states])
     try:
         folder, module = write_capsule(run, out, stopped, snapshot)
     except UserError as e:
-        return f"{stopped}; and no crash capsule could be written: {e}"
+        return f"{stopped}; no crash capsule could be written: {e}"
     again = f"python train.py --replay {folder} --dtype=float32"
     return f"{stopped}. First wrong: {module}. To run that step again: {again}"
 
 
 def write_capsule(run: Run, out: Path, stopped: TrainingStopped, snapshot: checkpoint.Snapshot) -> tuple[Path, str]:
-    """Write the capsule of a step that was stopped; returns (its folder, the first module that went wrong). Called in all
-    processes; the first one writes.
+    """Write the capsule of a step that was stopped; returns (its folder, the first module that went wrong). Every process must
+    call it; the main one writes.
     """
     step, world = stopped.step, run.world
     module = first_nonfinite_module(run, step, stopped.random_before)
@@ -122,13 +124,14 @@ def write_capsule(run: Run, out: Path, stopped: TrainingStopped, snapshot: check
             "micro_batch": run.micro_batch,
             "accumulation": run.accumulation,
         }
-        snapshot = replace(snapshot, weights=weights, moments={}, extra=snapshot.extra | {"crash": crash})
-        checkpoint.write(folder, snapshot, more={"batch.safetensors": batch})
+        tensors = {"model": weights, "training": snapshot.random, "batch": batch}
+        snapshot = replace(snapshot, extra=snapshot.extra | {"crash": crash})
+        checkpoint.write(folder, snapshot, {f"{name}.safetensors": content for name, content in tensors.items()})
     return folder, module
 
 
 def full(t: Tensor) -> Tensor:
-    """A tensor whole, on every process."""
+    """The whole of a tensor that may be sharded, on every process."""
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
@@ -139,13 +142,13 @@ def read_capsule(folder: Path) -> tuple[Config, dict, ReplayBatch]:
     expected = {"step": int, "reason": str, "first_wrong": str, "processes": int, "micro_batch": int, "accumulation": int}
     known = isinstance(crash, dict) and all(type(crash.get(name)) is kind for name, kind in expected.items())
     if not known or not (folder / "batch.safetensors").is_file():
-        raise UserError(f"{folder} is no crash capsule: type the folder that the message named, out/<run>/crash_<step>")
+        raise UserError(f"{folder} is not a crash capsule: use the folder that the message named, out/<run>/crash_<step>")
     cfg, path = restore.read_config(folder), folder / "batch.safetensors"
     batch = pretrained.read_safetensors(path)
     for name in ("inputs", "targets"):
         t = batch.get(name)
         if t is None or t.dtype != torch.int64 or t.dim() != 4 or t.size(-1) != cfg.T or t.numel() != cfg.tokens_per_step:
-            raise UserError(f"{path}: {name} is no batch of {cfg.tokens_per_step} ids in sequences of {cfg.T}")
+            raise UserError(f"{path}: {name} is not a batch of {cfg.tokens_per_step} ids in sequences of {cfg.T}")
         if t.min() < 0 or t.max() >= cfg.vocab_size:
             raise UserError(f"{path}: {name} has ids outside the vocabulary of {cfg.vocab_size}")
     return cfg, crash, ReplayBatch(batch["inputs"], batch["targets"])
@@ -160,24 +163,25 @@ def random_states(folder: Path) -> list[Tensor]:
 
 
 def replay(folder: Path, flags: list[str], accumulate: Callable[[Run, int], Tensor]) -> None:
-    """Run the forward and backward passes of a crash capsule again, with other settings if flags are given."""
+    """Run the forward and backward passes of a crash capsule again, with other settings if flags are given. UserError if they
+    go wrong again. accumulate: train.accumulate."""
     cfg, crash, recorded = read_capsule(folder)
     cut = cfg.T, cfg.tokens_per_step
     # the capsule may be untrusted: no file or name in its settings is followed, and its weights are the only ones
     cfg = configurator.parse(replace(cfg, processes=0, curve="off", resume=False), flags, __doc__)
     cfg = replace(cfg, init_from="")
     if (cfg.T, cfg.tokens_per_step) != cut:
-        raise UserError(f"sequence_length and tokens_per_step are the capsule's, {cut[0]} and {cut[1]}: try other settings")
+        raise UserError(f"sequence_length and tokens_per_step are the capsule's, {cut[0]} and {cut[1]}: change other settings")
     run = build(cfg, recorded)
     say = print if run.world.is_main else lambda *_: None
-    say(f"{folder}: {crash['reason']}\nfirst wrong then: {crash['first_wrong']}")
+    say(f"{folder}: {crash['reason']}\nfirst wrong at the time: {crash['first_wrong']}")
     for line in run.chosen:
         say(f"chosen: {line}")
     restore.load_weights(folder, run.model)
     states = random_states(folder)
     checkpoint.set_rng_states(states[run.world.rank % len(states)], run.device)
     if run.world.size != crash["processes"] and cfg.dropout:
-        say(f"dropout draws other numbers: {crash['processes']} processes ran this step")
+        say(f"dropout differs from then: {crash['processes']} processes ran this step")
     before = checkpoint.rng_states(run.device)
     loss = (parallel.all_reduce_sum(accumulate(run, 0)) / run.world.size).item()
     run.scaler.unscale_(run.optimizer)

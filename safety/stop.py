@@ -1,4 +1,4 @@
-"""When a run should end: a signal, or the time that it was given."""
+"""Stop: when a run should end, because of a signal or because its time is up."""
 
 import math
 import signal
@@ -12,7 +12,7 @@ from engine import parallel
 
 
 class Stop:
-    """Whether the run should end after this step: a signal, or the time that it was given. All processes agree."""
+    """Whether the run should end after this step: a signal came, or max_minutes are over. All processes agree."""
 
     def __init__(self, cfg: Config, device: torch.device):
         self.deadline = time.monotonic() + 60 * cfg.max_minutes if cfg.max_minutes else math.inf
@@ -22,8 +22,8 @@ class Stop:
             signal.signal(number, lambda n, _: self.on_signal(n))
 
     def on_signal(self, number: int) -> None:
-        """Note a signal, for the end of the step. A second Ctrl-C does not wait for it, nor does a signal before the first
-        step: compiling may take longer than the sender waits, and there is nothing to lose.
+        """Note a signal, for the end of the step. A second Ctrl-C ends the process at once, as does any signal before the first
+        step: compiling may take longer than the sender waits, and there is nothing to save.
         """
         if number == signal.SIGINT and signal.SIGINT in self.signals:
             raise KeyboardInterrupt

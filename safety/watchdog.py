@@ -1,4 +1,4 @@
-"""A process that is stuck: who it is, and an end to it."""
+"""Watchdog: ends a run whose processes are stuck, and names the one that is."""
 
 import os
 import sys
@@ -12,11 +12,11 @@ from engine.parallel import World
 
 
 class Watchdog(threading.Thread):
-    """Ends this process, and says who is stuck, if nothing here has called beat() for so many seconds.
+    """Ends this process, and reports which one is stuck, if nothing has called beat() for so many seconds.
 
-    A collective waits for the slowest process, so when one is stuck all are. Each then tells the store where it stands; who
-    tells nothing does not answer. It is a thread, since the main one may be waiting inside a collective, and it leaves
-    by os._exit, since no clean-up can be relied on: what was saved stays saved.
+    A collective waits for the slowest process, so when one is stuck all are. Each then writes to the store where it is; one
+    that writes nothing does not answer. This is a thread, since the main one may be waiting in a collective, and it ends the
+    process by os._exit, since no clean-up can be relied on. What was saved stays saved.
     """
 
     def __init__(self, world: World, seconds: float):
@@ -29,7 +29,7 @@ class Watchdog(threading.Thread):
             self.start()
 
     def beat(self, doing: str) -> None:
-        """Note that the run goes on, and with what."""
+        """Note that the run makes progress, and what it is doing."""
         self.last, self.doing = time.monotonic(), doing
 
     def run(self) -> None:
@@ -39,18 +39,21 @@ class Watchdog(threading.Thread):
             if self.ended.wait(pause):
                 return
             if time.monotonic() - before > pause + self.seconds / 2:
-                self.last = time.monotonic()  # this process itself was stopped meanwhile, and goes on again
+                self.last = time.monotonic()  # this process itself was stopped meanwhile, and continues
             if time.monotonic() - self.last > self.seconds:
                 self.reporting = True
                 self.report()
                 os._exit(2)
 
     def where(self) -> str:
-        """File and line of this program at which the main thread stands."""
-        frame, home = sys._current_frames().get(self.main), str(ROOT)
-        while frame and not (frame.f_code.co_filename.startswith(home) and "site-packages" not in frame.f_code.co_filename):
+        """File (as a path in the repository) and line of this program at which the main thread is."""
+        frame = sys._current_frames().get(self.main)
+        while frame:
+            file = Path(frame.f_code.co_filename)
+            if file.is_relative_to(ROOT) and "site-packages" not in file.parts:
+                return f"{file.relative_to(ROOT)}:{frame.f_lineno}"
             frame = frame.f_back
-        return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}" if frame else "an unknown place"
+        return "an unknown place"
 
     def report(self) -> None:
         """Print one line, from the first process that can."""
@@ -63,16 +66,16 @@ class Watchdog(threading.Thread):
             silent = [f"rank {r} does not answer" for r in ranks if r not in told]
             says = "; ".join(silent + [f"rank {r} waits ({text})" for r, text in told.items()][:4])
         except RuntimeError as e:
-            told, says = {self.world.rank: ""}, f"nor does the store answer, which rank 0 or torchrun kept ({e})"
+            told, says = {self.world.rank: ""}, f"the store, kept by rank 0 or torchrun, does not answer either ({e})"
         if self.world.rank == min(told):
             print(
                 f"[rank {self.world.rank}] error: nothing has finished for {self.seconds:.0f} s (timeout_minutes): {says}; "
-                f"saved checkpoints are untouched: type --resume",
+                f"saved checkpoints are intact: use --resume",
                 file=sys.stderr,
                 flush=True,
             )
         else:
-            time.sleep(2.0)  # that one's exchange fails once this process has gone
+            time.sleep(2.0)  # until that one has reported: its collective fails once this process ends
 
     def close(self) -> None:
         self.ended.set()

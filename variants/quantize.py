@@ -4,11 +4,11 @@
     python bench.py decode out/run         what each form costs in validation loss, and how fast each decodes
 
 int8: each row of a linear layer as integers from -127 to 127 and one scale, its largest absolute value / 127. int4: groups of
-32 neighbours of a row as integers from 0 to 15, with a scale and a least value for each group. A weight is wrong by half a step
-at most. Activations stay what they were (weight-only), and so do embeddings, of which a token reads one row. The output head,
-whose matrix is the token embedding's if weights are tied, gets integers of its own.
+32 neighbours of a row as integers from 0 to 15, with a scale and a minimum per group. The error of a weight is at most half a
+step. Only weights are quantized: activations are not, nor are embeddings, of which a token reads one row. The output head gets
+integers of its own, also where its matrix is the token embedding.
 
-Both are approximations: sample.py uses them on request alone.
+Both are approximations: sample.py uses them only on request.
 """
 
 from typing import Literal
@@ -39,13 +39,13 @@ def to_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def has_kernel(device: torch.device) -> bool:
-    """Whether torch multiplies by integers there without making the weights anew."""
+    """Whether torch multiplies by integers there without restoring the weights first."""
     return device.type == "cpu"
 
 
 class Int8Linear(nn.Module):
-    """x Wᵀ + b with W in int8. On a CPU by torch's kernel, which reads the integers as they are; elsewhere W is made anew in
-    x's precision by a product that torch.compile fuses into the matmul's reading. For one token there is kernels/decode.py.
+    """x Wᵀ + b with W in int8. On a CPU by torch's kernel, which reads the integers as they are; elsewhere W is restored in x's
+    precision by a product that torch.compile fuses into the matmul. For one token there is kernels/decode.py.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -72,7 +72,7 @@ class Int4Linear(nn.Module):
         super().__init__()
         weight = linear.weight.detach()
         if weight.size(1) % GROUP:
-            raise UserError(f"int4 needs widths that are multiples of {GROUP}, not {weight.size(1)}: type --quantize=int8")
+            raise UserError(f"int4 needs widths that are multiples of {GROUP}, not {weight.size(1)}: use --quantize=int8")
         integers, scales, low = to_int4(weight)
         self.packed = has_kernel(weight.device)
         if self.packed:
