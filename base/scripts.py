@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from base.errors import UserError
-from base.files import ROOT
+from base.files import ROOT, read_bytes
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def run(script: str, *arguments: object, processes: int = 1, env: dict[str, str]
 def read_log(run_dir: Path) -> tuple[list[dict], int]:
     """(records of a run's log.jsonl, how many lines are damaged): a run that is killed leaves half a line."""
     records, damaged = [], 0
-    for line in (run_dir / "log.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in read_bytes(run_dir / "log.jsonl", most=2**31).decode("utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
         except ValueError:

@@ -188,8 +188,8 @@ def fill(folder: Path, wanted: dict[str, Tensor], others: set[str]) -> None:
     reader = dcp.HuggingFaceStorageReader(str(folder))
     try:
         metadata = reader.read_metadata()
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as e:  # in what the shards say about themselves
-        raise UserError(f"{folder}: a shard's description of itself cannot be read ({type(e).__name__}: {e})") from None
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as e:  # in what the files say of themselves
+        raise UserError(f"{folder}: the headers of its safetensors files cannot be read ({type(e).__name__}: {e})") from None
     found = metadata.state_dict_metadata
     files = {index.fqn: info.relative_path for index, info in metadata.storage_data.items()}
     for name, tensor in wanted.items():
@@ -207,7 +207,7 @@ def fill(folder: Path, wanted: dict[str, Tensor], others: set[str]) -> None:
     try:
         with warnings.catch_warnings(action="ignore"):  # about no_dist
             dcp.load(wanted, storage_reader=reader, no_dist=True)  # each process reads what it needs
-    except (dcp.CheckpointException, ValueError, RuntimeError) as e:
+    except (dcp.CheckpointException, OSError, ValueError, RuntimeError) as e:
         raise UserError(f"{folder} cannot be read: {str(e).partition(chr(10))[0]}") from None
 
 

@@ -1,0 +1,88 @@
+"""A model two steps into its training, and its checkpoints, for the tests that read, write, damage and forge them."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import optim
+from base.files import sha256_of
+from configurator import Config
+from engine import checkpoint, restore
+from model import GPT
+from tokenizer import CharTokenizer
+
+CPU = torch.device("cpu")
+EXTRA = {  # what train.py adds to training.json
+    "data_sha256": "",
+    "scaler": {},
+    "outliers": {"count": 0, "before": {}},
+    "val_loss": None,
+    "best_step": None,
+    "best_val_loss": None,
+}
+FILES = ["config.json", "model.safetensors", "tokenizer.json", "training.json", "training.safetensors"]
+
+
+@dataclass
+class Trained:
+    """A model two steps into its training."""
+
+    cfg: Config
+    model: GPT
+    optimizer: torch.optim.AdamW
+    tokenizer: CharTokenizer
+
+    def save(self, run_dir: Path, step: int, keep: int = 5, states: list | None = None) -> Path:
+        states = [checkpoint.rng_states(CPU)] if states is None else states
+        return checkpoint.save(run_dir, self.snapshot(step, states), keep)
+
+    def snapshot(self, step: int, states: list) -> checkpoint.Snapshot:
+        tensors = checkpoint.state_tensors(self.model, self.optimizer)
+        return checkpoint.Snapshot(step, *tensors, states, self.cfg, self.tokenizer, EXTRA | {"loss": 1.5})
+
+    def load(self, folder: Path) -> dict:
+        """Weights, optimizer and random state, into the objects that are there."""
+        restore.load_weights(folder, self.model)
+        return restore.load_training(folder, self.model, self.optimizer, 0, CPU)
+
+
+def make(shape, seed: int = 0, steps: int = 2) -> Trained:
+    """shape: a GPTConfig."""
+    torch.manual_seed(seed)
+    cfg = Config(**vars(shape) | dict(tokens_per_step=32, fused_adamw=True))
+    model = GPT(cfg)
+    optimizer = optim.adamw(cfg, model)
+    for _ in range(steps):
+        idx = torch.randint(cfg.vocab_size, (2, 9))
+        model(idx[:, :-1], idx[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return Trained(cfg, model, optimizer, CharTokenizer([chr(65 + i) for i in range(cfg.vocab_size)]))
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def edit_manifest(folder: Path, change: Callable[[dict], None]) -> None:
+    path = folder / "manifest.json"
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def seal(folder: Path) -> None:
+    """Make the manifest fit the files, as a forger would."""
+    files = [p for p in folder.iterdir() if p.name != "manifest.json"]
+    entries = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in files}
+    edit_manifest(folder, lambda values: values.update(files=entries))
+    restore.verify(folder)
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Every file below a folder with its sha256."""
+    return {str(p.relative_to(folder)): sha256_of(p) for p in folder.rglob("*") if p.is_file()}
