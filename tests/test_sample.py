@@ -4,6 +4,7 @@ import io
 import json
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import configurator
 import sample
 from base.errors import UserError
 from configurator import GPTConfig
-from engine import checkpoint
+from engine import checkpoint, restore
 from engine.pretrained import save_hf_dir
 from model import GPT
 from sample import SampleConfig, generate, next_distribution
@@ -386,16 +387,61 @@ def test_mistakes_end_in_one_line(parrot, tmp_path, argv, message):
     assert "\n" not in str(refusal.value)
 
 
+def write_run(folder: Path, model: GPT, tokenizer: CharTokenizer) -> None:
+    """A run as train.py leaves it."""
+    cfg = configurator.Config(**vars(model.cfg), tokens_per_step=model.cfg.block_size)
+    tensors = checkpoint.state_tensors(model, torch.optim.AdamW(model.parameters()))
+    checkpoint.save(folder, checkpoint.Snapshot(1, *tensors, [torch.get_rng_state()], cfg, tokenizer, {}), keep=1)
+
+
 @pytest.fixture(scope="module")
-def run_dir(tmp_path_factory, tiny):
-    """A run of ours with a character tokenizer of three characters, as train.py leaves it."""
-    cfg = configurator.Config(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=3, tokens_per_step=8)
-    model, folder = build(cfg), tmp_path_factory.mktemp("run")
-    optimizer = torch.optim.AdamW(model.parameters())
-    tensors = checkpoint.state_tensors(model, optimizer)
-    state = checkpoint.Snapshot(1, *tensors, [torch.get_rng_state()], cfg, CharTokenizer(["\t", "\n", "a"]), {})
-    checkpoint.save(folder, state, keep=1)
+def run_dir(tmp_path_factory) -> str:
+    """A run with a character tokenizer of three characters."""
+    folder = tmp_path_factory.mktemp("run")
+    cfg = GPTConfig(n_layer=1, n_head=1, n_embd=32, block_size=8, vocab_size=3)
+    write_run(folder, build(cfg), CharTokenizer(["\t", "\n", "a"]))
     return str(folder)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--temperature=0"],
+        ["--num_samples=2"],
+        ["--top_p=0.5"],
+        ["--kv_cache=False"],
+        ["--dtype=bfloat16"],
+        ["--dtype=bfloat16", "--quantize=int8"],
+        ["--dtype=bfloat16", "--quantize=int4"],
+        ["--draft=GOOD"],
+    ],
+    ids=" ".join,
+)
+def test_a_model_of_nan_or_infinite_weights_is_named(tmp_path, run_dir, value, flags):
+    """In every form: the weights are looked at before anything is made of them. A bad draft, too."""
+    model, tokenizer = restore.load_model(run_dir)
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight[1, 1] = value
+    write_run(tmp_path, model, tokenizer)
+    with pytest.raises(UserError, match=rf"{tmp_path} in \w+: transformer\.h\.0\.mlp\.c_fc\.weight has NaN or infinite values"):
+        sample.main([str(tmp_path), *(f.replace("GOOD", run_dir) for f in flags)])
+    if flags == ["--draft=GOOD"]:
+        with pytest.raises(UserError, match=rf"{tmp_path} in float32: transformer"):
+            sample.main([run_dir, f"--draft={tmp_path}"])
+
+
+@pytest.mark.parametrize("flags", [[], ["--temperature=0"], ["--num_samples=2"], ["--top_p=0.5"]], ids=" ".join)
+def test_logits_that_overflow_end_in_one_line(tmp_path, run_dir, flags):
+    """Every weight is finite, and so is float16's largest number: their products are not."""
+    model, tokenizer = restore.load_model(run_dir)
+    with torch.no_grad():
+        model.transformer.ln_f.weight.fill_(6e4)
+        model.transformer.wte.weight.fill_(6e4)
+    write_run(tmp_path, model, tokenizer)
+    with pytest.raises(UserError, match="logits are NaN or infinite"):
+        sample.main([str(tmp_path), "--dtype=float16", *flags])
 
 
 @pytest.mark.parametrize("prompt", ["", "aa", "\n"])

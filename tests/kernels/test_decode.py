@@ -178,3 +178,21 @@ def test_it_is_built_once_for_this_user_alone(monkeypatch, tmp_path):
     before = library.stat().st_mtime_ns
     decode.build.__wrapped__()
     assert library.stat().st_mtime_ns == before
+
+
+@needs_kernel
+@pytest.mark.parametrize("vocab_multiple", [1, 64])
+def test_an_id_or_a_position_without_a_row_is_an_error(vocab_multiple):
+    """As in the plain model: never a read outside the matrix, which once ended in a segmentation fault."""
+    model = build(**SHAPES["padded vocabulary"] | dict(vocab_multiple=vocab_multiple)).bfloat16()
+    fast, rows = decode.wrap(model), len(model.transformer.wte.weight)
+    for token in (-1, rows, rows + 1, 2**40, -(2**40)):
+        cache = KVCache(model.cfg, 1, torch.device("cpu"), torch.bfloat16)
+        with pytest.raises(IndexError, match=f"token {token} at position 0: the model has {rows} tokens and 48 positions"):
+            fast(torch.tensor([[token]]), cache=cache)
+        with pytest.raises(IndexError):
+            model(torch.tensor([[token]]), cache=KVCache(model.cfg, 1, torch.device("cpu"), torch.bfloat16))
+        assert cache.length == 0
+    cache.length = 48
+    with pytest.raises(IndexError, match="token 0 at position 48"):
+        fast(torch.tensor([[0]]), cache=cache)
