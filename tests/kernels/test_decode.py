@@ -88,7 +88,7 @@ def test_logits_and_cache_are_the_models(shape, form):
 
 @needs_kernel
 def test_a_window_that_moves_and_two_caches_in_turn():
-    """DecodeState block_size, with one cache and then another: each token is the likeliest of the same window in float64, or ties."""
+    """Over several windows, two caches in turn: each token is the likeliest of the same window in float64, or ties."""
     model = build(**SHAPES["heads of 32"])
     fast, exact = decode.wrap(model), in_float64(model)
     for prompt in ([3], list(range(60))):
