@@ -62,6 +62,13 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
 ATTENTION = {"naive": naive_attention, "blocked": blocked_attention, "sdpa": sdpa_attention}
 
 
+def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """Nats, at least in fp32: logits (B, T, V), targets (B, T), -100 where a position does not count. "none": (B·T,)."""
+    # fp32 by hand: autocast does so on CUDA but not everywhere, and the loss must not depend on the device
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
+
+
 class KVCache:
     """Keys and values of the tokens seen so far, so that each new token costs one position instead of all of them.
 
@@ -218,9 +225,7 @@ class GPT(nn.Module):
         logits = self.lm_head(self.transformer.ln_f(x))[..., : self.cfg.vocab_size]
         if targets is None:
             return logits
-        # fp32 by hand: autocast does so on CUDA but not everywhere, and the loss must not depend on the device
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return cross_entropy(logits, targets)
 
     def n_params(self) -> int:
         """How many parameters, shared ones once, without the padding rows: 124,439,808 for GPT-2 124M."""

@@ -1,4 +1,4 @@
-"""Text -> checked token shards in data/<name>/, ready for train.py, on all cores. Killed work goes on where it stopped.
+"""Text -> checked token shards in data/<name>/, ready for train.py, on all cores. Killed work resumes where it stopped.
 
     python prepare_data.py shakespeare          tiny Shakespeare in GPT-2 tokens: 301,966 train, 36,059 val
     python prepare_data.py shakespeare_char     the same, one id per character
@@ -12,10 +12,10 @@
     python prepare_data.py hellaswag            the 10,042 questions of evaluate.py --hellaswag
 
 Text files are one text: the first 90% of their characters train, the rest validates. Of rows and separated documents every
-hundredth validates, from the first on, whatever the size of shards. Texts are UTF-8, whatever the locale says.
+hundredth validates, from the first on, whatever the size of shards. Texts are UTF-8 in every locale.
 """
 
-import hashlib
+import os
 import shlex
 import shutil
 import sys
@@ -26,14 +26,13 @@ from pathlib import Path
 
 import configurator
 from base import errors, system
-from base.download import Source, fetch
+from base.download import Source, cached
 from base.errors import UserError
-from base.files import write_atomically
-from corpus import bpe, encoding, shards, sources, writing
+from base.files import read_text, write_atomically
+from corpus import bpe, encoding, hellaswag, shards, sources, writing
 from corpus.sources import ENWIK8, NAMED, Hub, Part, Reader, TextPart
 from tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, from_json
 
-LARGE = 8 * 2**20  # bytes of text; below, starting processes is not worth while
 LEARNT_FROM = 2**30  # characters of the train split, from its start, that a BPE is learnt from: 2 minutes on one core
 CONFIGS = {  # data set -> what trains on it as it is
     "shakespeare": "config/shakespeare.py",
@@ -51,11 +50,11 @@ class PrepareConfig:
     """gpt2: GPT-2's BPE, 50,257 ids; bpe: one learnt from the train split; char: one id per character; or a folder with a
     tokenizer.json, of a data set or a checkpoint, to use it again"""
     vocab_size: int = 0
-    """how many ids --tokenizer=bpe shall have; 0: 4,096"""
+    """how many ids --tokenizer=bpe has; 0: 4,096"""
     name: str = ""
     """name of the data set; empty: the name of the file or folder"""
     data_dir: str = "data"
-    """where data sets lie"""
+    """folder of the data sets"""
     val_fraction: float = 0.0
     """share that validates: of a text the last characters, of documents every n-th; 0: 0.1 of a text, 0.01 of documents"""
     separator: str = ""
@@ -71,9 +70,9 @@ class PrepareConfig:
     shard_tokens: int = 100_000_000
     """tokens in a shard; the last of a split may have fewer"""
     processes: int = 0
-    """how many processes tokenise; 0: one for each core. The shards do not depend on it"""
+    """how many processes tokenize; 0: one for each core. The shards do not depend on it"""
     force: bool = False
-    """make it again even if it is there"""
+    """make it again even if it already exists"""
 
     def __post_init__(self):
         configurator.check_types(vars(self), PrepareConfig)
@@ -85,7 +84,7 @@ class PrepareConfig:
             raise UserError(f"vocab_size={self.vocab_size} needs --tokenizer=bpe: {self.tokenizer} has its own")
 
     def only_with(self, what: str, *names: str) -> None:
-        """UserError if one of the settings was typed, which only mean something for `what`."""
+        """UserError if one of the settings is given, which only mean something for `what`."""
         for name in names:
             if getattr(self, name) != getattr(PrepareConfig, name):
                 raise UserError(f"--{name}={getattr(self, name)} is for {what}: leave it out")
@@ -93,13 +92,13 @@ class PrepareConfig:
 
 @dataclass(frozen=True)
 class Plan:
-    """What becomes of the command line, before anything is written."""
+    """What the command line means, before anything is written."""
 
     name: str
     kind: str  # of tokenizer
     parts: list[Part]
     source: str  # in words, for the manifest
-    identity: list  # of the text: as long as it is equal, interrupted work goes on
+    identity: list  # of the text: as long as it is equal, interrupted work can resume
     tokens: int = 0  # about how many there will be; 0: by size
     more: dict = field(default_factory=dict)  # for the manifest
 
@@ -108,38 +107,31 @@ class Plan:
 
 
 def local_copy(source: Source, data_dir: str) -> Path:
-    """The file of a source, kept in data_dir/.sources so that it is fetched once."""
+    """The file of a source, kept in data_dir/.sources so that it is downloaded once."""
     path = Path(data_dir) / ".sources" / source.sha256[:16]
-    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != source.sha256:
-        content = fetch(source)
-        try:
-            write_atomically(path, content)
-        except OSError as e:
-            raise UserError(f"cannot write {path}: {e.strerror}; type --data_dir=another/folder") from None
+    cached(source, path, remedy="use --data_dir=another/folder")
     return path
 
 
-def plan(cfg: PrepareConfig, patterns: list[str], pool: encoding.Pool) -> Plan:
-    """What the arguments mean. Reads every text once, so that what cannot be read does not replace anything; if there is much
-    of it, the pool's processes start meanwhile.
-    """
+def plan(cfg: PrepareConfig, patterns: list[str]) -> Plan:
+    """What the arguments mean. Reads every text once, so that what cannot be read does not replace anything."""
     first = patterns[0]
     kind, where = NAMED[first] if len(patterns) == 1 and first in NAMED else (cfg.tokenizer, None)
     if cfg.tokenizer != PrepareConfig.tokenizer:
         kind = cfg.tokenizer
     if any(p.startswith("hf:") for p in patterns):
         if len(patterns) > 1:
-            raise UserError("a data set of the hub comes alone: type python prepare_data.py hf:owner/name")
+            raise UserError("only one data set of the hub at a time: run python prepare_data.py hf:owner/name")
         where = Hub(first.removeprefix("hf:"), cfg.subset, {"": cfg.split}, 0)
     else:
         cfg.only_with("a data set of the hub (hf:owner/name)", "subset", "split", "revision")
     stem = where.name.rpartition("/")[2] if isinstance(where, Hub) else Path(first).resolve().stem.strip("*?[]")
     named = first in NAMED and where is not None
     name = cfg.name or (first if named else stem) or "mine"
-    if Path(name).name != name:
-        raise UserError(f"name={name!r} must be a plain name, not a path")
+    if Path(name).name != name or len(os.fsencode(name)) > 200:
+        raise UserError(f"name={name[:200]!r} must be a plain name of at most 200 bytes, not a path")
     if where is not None:
-        cfg.only_with("one's own text files", "separator")
+        cfg.only_with("your own text files", "separator")
 
     if isinstance(where, Hub):
         if "" not in where.splits:
@@ -150,8 +142,6 @@ def plan(cfg: PrepareConfig, patterns: list[str], pool: encoding.Pool) -> Plan:
         identity = [revision, *where.splits.values()]
         return Plan(name, kind, parts, source, identity, where.tokens, {"revision": revision})
     files = [local_copy(where, cfg.data_dir)] if where else sources.find(patterns, [*NAMED, "hellaswag"])
-    if sum(p.stat().st_size for p in files) > LARGE:
-        pool.start()
     rows = [p for p in files if p.suffix.lower() in sources.ROW_SUFFIXES]
     if not rows:
         cfg.only_with(".jsonl and .parquet files and the hub", "column")
@@ -166,9 +156,9 @@ def plan(cfg: PrepareConfig, patterns: list[str], pool: encoding.Pool) -> Plan:
     else:
         parts = sources.text_parts(files, cfg.val_fraction or 0.1)
         if hinted := next((p for p in files if sources.mentions_end_of_text(p)), None):
-            print(f"{hinted} contains <|endoftext|>, which is text here: --separator='<|endoftext|>' makes documents of it")
+            print(f"{hinted} contains <|endoftext|>, read as text: use --separator='<|endoftext|>' to make documents of it")
     if not sum(part.size for part in parts):
-        raise UserError(f"{', '.join(patterns)}: there is no text in it")
+        raise UserError(f"{', '.join(patterns)} has no text in it")
     identity = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files] if where is None else [where.sha256]
     return Plan(name, kind, parts, first if named else ", ".join(patterns), identity)
 
@@ -195,12 +185,11 @@ def make_tokenizer(cfg: PrepareConfig, todo: Plan, every: int) -> Tokenizer:
             read += len(text)
             return read <= LEARNT_FROM
 
-        return bpe.train(takewhile(enough, texts({"train"})), cfg.vocab_size or 4096)
-    path = Path(todo.kind) / "tokenizer.json"
+        return bpe.train(takewhile(enough, texts({"train"})), cfg.vocab_size or 4096, processes=cfg.processes)
     try:
-        return from_json(path.read_text(encoding="utf-8"))
+        return from_json(read_text(Path(todo.kind) / "tokenizer.json"))
     except (OSError, UnicodeDecodeError):
-        raise UserError(f"tokenizer={todo.kind!r} is none of gpt2, bpe, char, nor a folder with a tokenizer.json") from None
+        raise UserError(f"tokenizer={todo.kind!r} is not gpt2, bpe, char or a folder with a tokenizer.json") from None
 
 
 # ---- the work ---------------------------------------------------------------------------------------------------------
@@ -215,19 +204,19 @@ def check_space(folder: Path, todo: Plan, tokenizer: Tokenizer) -> None:
     existing = next(p for p in [folder.resolve(), *folder.resolve().parents] if p.exists())
     if (free := shutil.disk_usage(existing).free) < needed:
         raise UserError(
-            f"{existing} has {free >> 20:,} MiB free; this data set needs {needed >> 20:,} MiB free: type --data_dir=elsewhere"
+            f"{existing} has {free >> 20:,} MiB free; this data set needs {needed >> 20:,} MiB: use --data_dir=another/folder"
         )
 
 
-def prepare(cfg: PrepareConfig, todo: Plan, pool: encoding.Pool) -> dict:
+def prepare(cfg: PrepareConfig, todo: Plan) -> dict:
     """Make a data set, or what is left of it to make. Returns what writing.fill() does, and the tokenizer."""
-    folder = Path(cfg.data_dir) / todo.name
+    folder, processes = Path(cfg.data_dir) / todo.name, cfg.processes or system.cores()
     every = round(1 / (cfg.val_fraction or 0.01))
     request = dict(source=todo.source, text=todo.identity, tokenizer=todo.kind, vocab_size=cfg.vocab_size)
     request |= dict(val_fraction=cfg.val_fraction, shard_tokens=cfg.shard_tokens, separator=cfg.separator, column=cfg.column)
     progress = {} if cfg.force else writing.read_progress(folder, request)
     if progress:
-        print(f"{folder} is half made: going on where it stopped")
+        print(f"{folder} is incomplete: resuming where it stopped")
     fixed = {part.split for part in todo.parts}
     if "" not in fixed and (empty := {"train", "val"} - fixed):
         raise UserError(f"the text is too short: its {min(empty)} split is empty")
@@ -240,7 +229,7 @@ def prepare(cfg: PrepareConfig, todo: Plan, pool: encoding.Pool) -> dict:
                 writing.clean(folder, finished=False)
                 write_atomically(folder / "tokenizer.json", tokenizer.to_json().encode())
                 progress = {"request": request}
-            made = writing.fill(folder, todo.parts, every, tokenizer, progress, pool, cfg.shard_tokens, todo.tokens)
+            made = writing.fill(folder, todo.parts, every, tokenizer, progress, processes, cfg.shard_tokens, todo.tokens)
             if empty := {"train", "val"} - set(made["splits"]):
                 writing.clean(folder, finished=False)
                 raise UserError(f"there are too few documents: the {min(empty)} split is empty")
@@ -249,20 +238,15 @@ def prepare(cfg: PrepareConfig, todo: Plan, pool: encoding.Pool) -> dict:
             shards.write_manifest(folder, made["splits"], tokenizer, todo.source, **more, **todo.more)
             writing.clean(folder, finished=True)
     except KeyboardInterrupt:
-        print(f"\n{folder} is half made: the same command goes on where it stopped", file=sys.stderr)
+        print(f"\n{folder} is incomplete: run the same command again to resume", file=sys.stderr)
         raise
     except BrokenPipeError:
-        raise  # of what reads our lines: errors.entry knows
+        raise  # from the reader of our output: errors.entry handles it
     except OSError as e:
-        remedy = "type --data_dir=another/folder, or make room and type the same command again, which goes on where it stopped"
+        remedy = "use --data_dir=another/folder, or make room and run the same command again to resume where it stopped"
         raise UserError(f"cannot write {folder}: {e.strerror}; {remedy}") from None
     except encoding.CannotEncode as e:
         raise UserError(f"{todo.source}: {e}") from None
-    except encoding.WorkerDied as e:
-        raise UserError(
-            f"a process that tokenises died ({e}; -9 mostly stands for want of memory): type --processes=… for fewer than "
-            f"{pool.processes}, and the work goes on where it stopped"
-        ) from None
     return made | {"tokenizer": tokenizer}
 
 
@@ -271,39 +255,42 @@ def main(argv: list[str]) -> None:
     cfg = configurator.parse(PrepareConfig(), flags, __doc__)
     if not patterns:
         names = ", ".join([*NAMED, "hellaswag"])
-        raise UserError(f"what shall be prepared? type python prepare_data.py {names}, hf:owner/name, or path/to/your.txt")
+        raise UserError(f"which text? run python prepare_data.py {names}, hf:owner/name, or path/to/your.txt")
     if patterns == ["hellaswag"]:
-        import evaluate
-
-        print(f"{len(evaluate.hellaswag_rows()):,} questions are there; next: python evaluate.py gpt2 --hellaswag")
+        count = len(hellaswag.load_rows(cfg.data_dir))
+        print(f"{count:,} questions; next: python evaluate.py gpt2 --hellaswag{other_folder(cfg)}")
         return
     named = patterns[0] if len(patterns) == 1 and patterns[0] in NAMED else None
-    if named and not cfg.force and (Path(cfg.data_dir) / (cfg.name or named) / shards.MANIFEST).is_file():
-        folder = Path(cfg.data_dir) / (cfg.name or named)
-        there = shards.open_dataset(folder)
-        counts = ", ".join(f"{len(there.split(s)):,} {s} tokens" for s in there.splits)
-        print(f"{folder} is there already ({counts}); --force makes it again")
+    folder = Path(cfg.data_dir) / (cfg.name or named or "")
+    if named and not cfg.force and os.path.isfile(folder / shards.MANIFEST):
+        existing = shards.open_dataset(folder)
+        counts = ", ".join(f"{len(existing.split(s)):,} {s} tokens" for s in existing.splits)
+        print(f"{folder} already exists ({counts}); --force makes it again")
         return
-    with encoding.Pool(cfg.processes or system.cores()) as pool:
-        tell(cfg, named, *make(cfg, patterns, pool))
+    report(cfg, named, *make(cfg, patterns))
 
 
-def make(cfg: PrepareConfig, patterns: list[str], pool: encoding.Pool) -> tuple[Plan, dict]:
-    """Plan, look whether the place is free, and prepare."""
-    todo = plan(cfg, patterns, pool)
+def make(cfg: PrepareConfig, patterns: list[str]) -> tuple[Plan, dict]:
+    """Plan, check that the folder is free, and prepare."""
+    todo = plan(cfg, patterns)
     folder = Path(cfg.data_dir) / todo.name
-    if not cfg.force and (folder / shards.MANIFEST).is_file():
-        raise UserError(f"{folder} is there already: type --force to replace it, or --name=another")
-    if folder.is_dir() and not any((folder / name).is_file() for name in (shards.MANIFEST, writing.PROGRESS)):
+    if not cfg.force and os.path.isfile(folder / shards.MANIFEST):
+        raise UserError(f"{folder} already exists: use --force to replace it, or --name=another")
+    if os.path.isdir(folder) and not any((folder / name).is_file() for name in (shards.MANIFEST, writing.PROGRESS)):
         ours = {".lock", "tokenizer.json"}
         names = {p.name for p in folder.iterdir()}
         if not any(writing.OURS.fullmatch(n) for n in names) and any(n not in ours for n in names):
-            raise UserError(f"{folder} holds something else: type --name=another")
-    return todo, prepare(cfg, todo, pool)
+            raise UserError(f"{folder} has other files in it: use --name=another")
+    return todo, prepare(cfg, todo)
 
 
-def tell(cfg: PrepareConfig, named: str | None, todo: Plan, made: dict) -> None:
-    """What has been made, and the command that trains on it."""
+def other_folder(cfg: PrepareConfig) -> str:
+    """The flag that the next command needs to find the data."""
+    return f" --data_dir={shlex.quote(cfg.data_dir)}" if cfg.data_dir != PrepareConfig.data_dir else ""
+
+
+def report(cfg: PrepareConfig, named: str | None, todo: Plan, made: dict) -> None:
+    """Print what has been made, and the command that trains on it."""
     folder, tokenizer = Path(cfg.data_dir) / todo.name, made["tokenizer"]
     for entries in made["splits"].values():
         files = f"{entries[0]['file']} … {entries[-1]['file']}" if len(entries) > 1 else entries[0]["file"]
@@ -313,8 +300,7 @@ def tell(cfg: PrepareConfig, named: str | None, todo: Plan, made: dict) -> None:
         base = CONFIGS["shakespeare_char" if isinstance(tokenizer, CharTokenizer) else "shakespeare"]
         settings = f" --dataset={shlex.quote(todo.name)}"
         settings += f" --vocab_size={tokenizer.vocab_size}" if todo.kind != "gpt2" else ""
-    settings += f" --data_dir={shlex.quote(cfg.data_dir)}" if cfg.data_dir != PrepareConfig.data_dir else ""
-    print(f"next: torchrun train.py {base}{settings}")
+    print(f"next: torchrun train.py {base}{settings}{other_folder(cfg)}")
 
 
 if __name__ == "__main__":

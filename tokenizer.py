@@ -1,7 +1,7 @@
 """Text <-> token ids, behind one interface: encode, decode, vocab_size, end_of_text, to_json.
 
     GPT2Tokenizer   byte-level BPE with GPT-2's 50,000 merges, computed by tiktoken
-    BPETokenizer    byte-level BPE with merges learnt from one's own text (bpe.py)
+    BPETokenizer    byte-level BPE with merges learnt from your own text (corpus/bpe.py)
     CharTokenizer   one id per character of a text
 
 A tokenizer travels with every checkpoint as tokenizer.json: plain JSON, never pickle.
@@ -13,7 +13,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import regex
@@ -27,7 +27,7 @@ END_OF_TEXT = "<|endoftext|>"
 # word. The possessive ++ changes no match and saves backtracking. regex and tiktoken may know different versions of Unicode: a
 # character newer than one of them is cut differently in training and in encoding, which costs compression and nothing else.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-MAX_VOCAB = 2**20  # bpe.learn_merges writes a token as one character, of which there are 1,114,112
+MAX_VOCAB = 2**20  # corpus.bpe.learn_merges writes a token as one character, of which there are 1,114,112
 MAX_BYTES = 2**26  # of all tokens together: 60 merges of an untrusted file could spell 2**60 bytes
 ENCODED_AT_ONCE = 2**18  # characters; from 1,000,000 white spaces on, followed by a word, tiktoken's engine gives up
 
@@ -60,16 +60,15 @@ def _gpt2_encoding():
         # tiktoken names its cached files by the sha1 of their address, and checks their sha256 itself
         path = cache_dir() / hashlib.sha1(source.url.encode()).hexdigest()
         cached(
-            source, path, lambda text: print(text, file=sys.stderr), "set TIKTOKEN_CACHE_DIR to a folder that can be written"
+            source, path, functools.partial(print, file=sys.stderr), "set TIKTOKEN_CACHE_DIR to a folder that can be written"
         )
     os.environ["TIKTOKEN_CACHE_DIR"] = str(cache_dir())
     return tiktoken.get_encoding("gpt2")
 
 
-def blocks(text: str | Iterable[str], special_tokens=(END_OF_TEXT,), size: int = ENCODED_AT_ONCE) -> Iterator[str]:
+def blocks(text: str, special_tokens: Sequence[str] = (), size: int = ENCODED_AT_ONCE) -> Iterator[str]:
     """The same text, cut only where encoding the parts gives the ids of the whole: at the first such place from `size` on.
 
-    text: a string, or chunks of one cut anywhere. Memory: two blocks and a chunk, while there are words with spaces between.
     A cut is safe before a white space that is followed by none. No piece reaches over it: within a piece, white space follows
     white space only, and a run of it leaves its last to what follows. And the text before the cut is cut into the same pieces
     without the rest, because `\\s++$` takes a run at the end as `\\s+(?!\\S)` would have taken it.
@@ -78,21 +77,12 @@ def blocks(text: str | Iterable[str], special_tokens=(END_OF_TEXT,), size: int =
     assert size > 0, "a block needs a length"
     # regex, not re: its white space is tiktoken's, re's has the separators 0x1c to 0x1f as well
     border = regex.compile(rf"\s(?=[^\s{regex.escape(''.join(sorted({t[0] for t in special_tokens})))}])")
-    chunks = [text] if isinstance(text, str) else text
-    held, seen = "", size  # there is no border in held[size:seen]
-    for part in (chunk[i : i + size] for chunk in chunks for i in range(0, len(chunk), size)):
-        held += part
-        while found := border.search(held, seen):
-            yield held[: found.start()]
-            held, seen = held[found.start() :], size
-        seen = max(seen, len(held) - 1)  # the last character may be a border still
-    if held:
-        yield held
-
-
-def splitter(special_tokens: Sequence[str]) -> re.Pattern:
-    """Splits a text at its special tokens, and keeps them at the odd places; the longest first where several begin."""
-    return re.compile("(" + "|".join(re.escape(t) for t in sorted(special_tokens, key=len, reverse=True)) + ")")
+    begin = 0
+    while found := border.search(text, begin + size):
+        yield text[begin : found.start()]
+        begin = found.start()
+    if begin < len(text):
+        yield text[begin:]
 
 
 class GPT2Tokenizer:
@@ -109,7 +99,7 @@ class GPT2Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text. '<|endoftext|>' inside a text is text: nobody's document can end another's."""
-        return [i for block in blocks(text, ()) for i in self._encoding.encode_ordinary(block)]
+        return [i for block in blocks(text) for i in self._encoding.encode_ordinary(block)]
 
     def decode_bytes(self, ids: list[int]) -> bytes:
         """The bytes of some ids; one character may be spread over several, so half of one is possible."""
@@ -124,7 +114,12 @@ class GPT2Tokenizer:
 
 
 class BPETokenizer:
-    """Byte-level BPE with merges of one's own: any text has ids, and every id is some bytes."""
+    """Byte-level BPE with merges of your own text: any text has ids, and every id is some bytes.
+
+    tiktoken joins whichever neighbours spell the earliest token, in place of applying the merges in their order. For trained
+    merges that is the same: how a stretch of bytes is merged, as long as no token reaches over its ends, depends on nothing
+    outside it, so only one pair of tokens ever becomes these bytes.
+    """
 
     def __init__(self, merges: Sequence[Sequence[int]], specials: Sequence[str] = (END_OF_TEXT,)):
         """merges: pairs of ids, each of bytes or of earlier merges, no two of which spell the same; UserError otherwise."""
@@ -158,12 +153,9 @@ class BPETokenizer:
 
         return tiktoken.Encoding(self.name, pat_str=PATTERN, mergeable_ranks=self.ranks, special_tokens={})
 
-    def encode(self, text: str, special: bool = False) -> list[int]:
-        """Ids of a text. With special=True special tokens are told apart; otherwise '<|endoftext|>' inside a text is text."""
-        if not special:
-            return [i for block in blocks(text, ()) for i in self._encoding.encode_ordinary(block)]
-        parts, ids = splitter(self.special_tokens).split(text), self.special_ids
-        return [i for part in parts for i in ([ids[part]] if part in ids else self.encode(part))]
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text. A special token like '<|endoftext|>' inside a text is text."""
+        return [i for block in blocks(text) for i in self._encoding.encode_ordinary(block)]
 
     def decode_bytes(self, ids: list[int]) -> bytes:
         """The bytes of some ids; one character may be spread over several, so half of one is possible."""
@@ -179,7 +171,7 @@ class BPETokenizer:
 
     @classmethod
     def from_spec(cls, spec: dict) -> "BPETokenizer":
-        """What to_json wrote, once parsed; it may come from a stranger: UserError for anything wrong with it."""
+        """What to_json wrote, once parsed; the file may be untrusted: UserError for anything wrong with it."""
         merges, specials = spec.get("merges"), spec.get("special_tokens")
         if not (isinstance(merges, list) and all(isinstance(merge, list) for merge in merges)):
             raise UserError("a BPE tokenizer needs its merges as a list of pairs")
@@ -234,7 +226,7 @@ Tokenizer = GPT2Tokenizer | BPETokenizer | CharTokenizer
 
 
 def from_json(text: str) -> Tokenizer:
-    """A tokenizer from its JSON, which may come from a stranger: UserError for anything but the three forms above."""
+    """A tokenizer from its JSON, which may be untrusted: UserError for anything but the three forms above."""
     try:
         spec = json.loads(text)
     except (ValueError, RecursionError) as e:
@@ -247,4 +239,12 @@ def from_json(text: str) -> Tokenizer:
     characters = spec.get("characters") if kind == "char" else None
     if isinstance(characters, list) and all(isinstance(c, str) for c in characters):
         return CharTokenizer(characters)
-    raise UserError("tokenizer.json is of no known type (gpt2, bpe, char)")
+    raise UserError("tokenizer.json has an unknown type; known are gpt2, bpe, char")
+
+
+def token_bytes(tokenizer: Tokenizer) -> list[int]:
+    """How many bytes of text each id stands for. The end of a document is not text: 0."""
+    sizes = [len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)]
+    if tokenizer.end_of_text is not None:
+        sizes[tokenizer.end_of_text] = 0
+    return sizes

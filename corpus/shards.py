@@ -13,6 +13,7 @@ A shard is a 256-byte header followed by its tokens, little-endian uint16 (or ui
 
 import hashlib
 import json
+import os
 import re
 import struct
 from dataclasses import dataclass
@@ -21,12 +22,12 @@ from pathlib import Path
 import numpy as np
 
 from base.errors import UserError
-from base.files import write_atomically
+from base.files import open_regular, read_bytes, read_text, sha256_of, write_atomically
 from corpus.sources import NAMED
 from tokenizer import Tokenizer, from_json
 
 MAGIC, VERSION, HEADER_BYTES = b"NLADDER\n", 1, 256
-AGAIN = "prepare the data again (python prepare_data.py … --force)"
+AGAIN = "prepare the data again (run python prepare_data.py … --force)"
 CHECKED_AT_START = 2**26  # bytes; a larger shard is not read through at every start
 HEADER = struct.Struct("<8sIIIQ32s")
 MANIFEST = "manifest.json"
@@ -40,15 +41,6 @@ def header(tokenizer: Tokenizer, count: int) -> bytes:
 
 def bytes_per_token(tokenizer: Tokenizer) -> int:
     return 2 if tokenizer.vocab_size <= 2**16 else 4
-
-
-def write_shard(path: Path, tokens: np.ndarray, tokenizer: Tokenizer) -> dict:
-    """Write one shard, of tokens in memory; its manifest entry {file, tokens, sha256}. writing.ShardWriter is for any number."""
-    if len(tokens) and int(tokens.max()) >= tokenizer.vocab_size:
-        raise UserError(f"{path}: token id {int(tokens.max())} does not fit a vocabulary of {tokenizer.vocab_size}")
-    content = header(tokenizer, len(tokens)) + tokens.astype(f"<u{bytes_per_token(tokenizer)}").tobytes()
-    write_atomically(path, content)
-    return {"file": path.name, "tokens": len(tokens), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def write_manifest(folder: Path, splits: dict[str, list[dict]], tokenizer: Tokenizer, source: str, **more) -> None:
@@ -68,11 +60,10 @@ def check_ids(tokens: np.ndarray, vocab_size: int, where: str, first: int = 0) -
 
 
 def read_shard(path: Path, tokenizer: Tokenizer) -> np.ndarray:
-    """The tokens of a shard as a read-only memory map; UserError says what is wrong with the file."""
+    """The tokens of a shard as a read-only memory map; UserError names what is wrong with the file."""
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as f:
-            head = f.read(HEADER_BYTES)
+        with open_regular(path) as f:
+            size, head = os.fstat(f.fileno()).st_size, f.read(HEADER_BYTES)
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}: {AGAIN}") from None
     if head[:8] != MAGIC:
@@ -84,13 +75,13 @@ def read_shard(path: Path, tokenizer: Tokenizer) -> np.ndarray:
     if version != VERSION:
         raise UserError(f"{path} has format version {version}, this program reads {VERSION}: {AGAIN}")
     if width not in (2, 4):
-        raise UserError(f"{path} says {width} bytes per token, allowed are 2 and 4: {AGAIN}")
+        raise UserError(f"{path} has {width} bytes per token, allowed are 2 and 4: {AGAIN}")
     if size != HEADER_BYTES + width * count:
         expected = HEADER_BYTES + width * count
         raise UserError(f"{path} is damaged: {count} tokens should take {expected} bytes, not {size}: {AGAIN}")
     if (name, vocab_size) != (tokenizer.name, tokenizer.vocab_size):
         raise UserError(
-            f"{path} was made with the tokenizer {name} (vocabulary {vocab_size}), its data set says {tokenizer.name} "
+            f"{path} was made with the tokenizer {name} (vocabulary {vocab_size}), but its data set uses {tokenizer.name} "
             f"(vocabulary {tokenizer.vocab_size}): {AGAIN}"
         )
     if count == 0:
@@ -117,17 +108,17 @@ class Dataset:
 def open_dataset(folder: Path) -> Dataset:
     """Open a folder made by prepare_data.py and check every header, and the sha256 of shards up to 64 MiB.
 
-    UserError with the command to type if something is wrong.
+    UserError with the command to run if something is wrong.
     """
-    if not (folder / MANIFEST).is_file():
+    if not os.path.isfile(folder / MANIFEST):  # unlike Path.is_file, False for a name that is too long
         what = folder.name if folder.name in NAMED else f"path/to/your.txt --name={folder.name}"
         others = sorted(p.parent.name for p in folder.parent.glob(f"*/{MANIFEST}"))
         have = f" ({folder.parent} has {', '.join(others)})" if others else ""
-        raise UserError(f"{folder} holds no prepared data{have}: type python prepare_data.py {what}")
+        raise UserError(f"{folder} has no prepared data{have}: run python prepare_data.py {what}")
     try:
-        raw = (folder / MANIFEST).read_bytes()
+        raw = read_bytes(folder / MANIFEST)
         manifest = json.loads(raw)
-        tokenizer = from_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        tokenizer = from_json(read_text(folder / "tokenizer.json"))
         version = manifest["version"]
         files = {split: [str(e["file"]) for e in entries] for split, entries in manifest["splits"].items()}
         digests = {str(e["file"]): str(e["sha256"]) for entries in manifest["splits"].values() for e in entries}
@@ -136,14 +127,14 @@ def open_dataset(folder: Path) -> Dataset:
     for split in ("train", "val"):
         if split not in files:
             raise UserError(f"{folder} has no {split} split: {AGAIN}")
-    if bad := next((f for names in files.values() for f in names if not re.fullmatch(r"[\w.-]+\.bin", f, re.ASCII)), None):
-        raise UserError(f"{folder}/{MANIFEST} names {bad!r}, which is no shard of its folder: {AGAIN}")
+    if bad := [f for names in files.values() for f in names if not re.fullmatch(r"[\w.-]{1,100}\.bin", f, re.ASCII)]:
+        raise UserError(f"{folder}/{MANIFEST} names {bad[0][:100]!r}, which is not a shard of its folder: {AGAIN}")
     if version != VERSION:
         raise UserError(f"{folder}/{MANIFEST} has version {version!r}, this program reads {VERSION}: {AGAIN}")
     splits = {split: [read_shard(folder / f, tokenizer) for f in names] for split, names in files.items()}
     for name, digest in digests.items():
         path = folder / name
-        if path.stat().st_size <= CHECKED_AT_START and hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+        if path.stat().st_size <= CHECKED_AT_START and sha256_of(path) != digest:
             raise UserError(f"{path} is damaged: its sha256 is not the manifest's: {AGAIN}")
     return Dataset(folder, tokenizer, splits, hashlib.sha256(raw).hexdigest())
 

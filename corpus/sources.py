@@ -1,9 +1,9 @@
 """Where documents come from: plain text, JSON lines, Parquet, the Hugging Face hub. Any size: nothing is read whole.
 
 A data set is a list of parts, read one after the other. A part yields groups of pieces (a text, and whether a document begins
-with it), and with each group its place, a plain JSON value: read(place) goes on behind that group without reading what lies
+with it), and with each group its place, a plain JSON value: read(place) continues behind that group without reading what lies
 before. Documents are cut into pieces only where the pieces' ids, one behind the other, are the document's. The text of a plain
-file stays bytes, of UTF-8, until it is encoded: reading is left with little to do, so one process can feed many.
+file stays bytes, of UTF-8, until it is encoded: reading then has little to do, so one process can feed many.
 """
 
 import codecs
@@ -11,6 +11,7 @@ import functools
 import glob
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,8 +30,8 @@ ROW_SUFFIXES = {".jsonl", ".parquet"}
 READ_AT_ONCE = 2**20  # bytes
 ROWS_AT_ONCE = 256  # of Parquet and the hub; FineWeb's documents are 4.5 KB on average, so about a MB
 Pieces = list[tuple[str | bytes, bool]]
-# A place before which bytes of UTF-8 may be cut, by the rule of bpe.blocks: white space before something else. Left out, to
-# be on the safe side, is what begins with a byte that a Unicode white space begins with, except for Japanese kana.
+# A place before which bytes of UTF-8 may be cut, by the rule of tokenizer.blocks: white space before something else. To be on
+# the safe side, what begins with the first byte of a Unicode white space is left out, except for Japanese kana.
 BORDER = re.compile(rb"[ \n](?=[!-~\xc3-\xe0\xe4-\xf4]|\xe3[\x81-\xbf])")
 
 SHAKESPEARE = Source(
@@ -84,7 +85,7 @@ def document(text: str) -> Pieces:
     """A whole document's pieces."""
     if len(text) <= ENCODED_AT_ONCE:
         return [(text, True)]
-    return [(block, i == 0) for i, block in enumerate(blocks(text, ()))]
+    return [(block, i == 0) for i, block in enumerate(blocks(text))]
 
 
 # ---- files of text ----------------------------------------------------------------------------------------------------
@@ -116,7 +117,7 @@ class TextPart:
     split: str
     begin: int
     end: int
-    first: bool = True  # whether a document begins here, or goes on
+    first: bool = True  # whether a document begins here, or continues
 
     @property
     def size(self) -> int:
@@ -172,7 +173,7 @@ def byte_of(path: Path, begin: int, count: int) -> int:
     with open(path, "rb") as f:
         f.seek(begin)
         while chunk := f.read(READ_AT_ONCE):
-            starts = np.frombuffer(chunk, dtype=np.int8) >= -64  # characters go on with bytes 0x80 to 0xbf, -128 to -65
+            starts = np.frombuffer(chunk, dtype=np.int8) >= -64  # inside a character are bytes 0x80 to 0xbf, -128 to -65
             if (there := np.count_nonzero(starts)) > count:
                 return begin + int(np.flatnonzero(starts)[count])
             begin, count = begin + len(chunk), count - there
@@ -180,7 +181,7 @@ def byte_of(path: Path, begin: int, count: int) -> int:
 
 
 def mentions_end_of_text(path: Path) -> bool:
-    """Whether <|endoftext|> stands in the first MB of a text."""
+    """Whether the first MB of a text contains <|endoftext|>."""
     with open(path, "rb") as f:
         return END_OF_TEXT.encode() in f.read(READ_AT_ONCE)
 
@@ -217,12 +218,12 @@ class SeparatedPart:
 
 
 def column_of(row: Any, column: str, where: str) -> str:
-    """The text in a row; UserError if it is none."""
+    """The text in a row; UserError if it has none."""
     if not isinstance(row, dict) or column not in row:
         have = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}"
-        raise UserError(f"{where} has no column {column!r}: type --column=… (there is {have or 'none'})")
+        raise UserError(f"{where} has no column {column!r}: use --column=… (it has {have or 'none'})")
     if row[column] is not None and not isinstance(row[column], str):
-        raise UserError(f"{where}: column {column!r} is {type(row[column]).__name__}, not text: type --column=another")
+        raise UserError(f"{where}: column {column!r} is {type(row[column]).__name__}, not text: use --column=another")
     return row[column] or ""
 
 
@@ -269,7 +270,7 @@ class ParquetPart:
             import pyarrow
             import pyarrow.parquet
         except ImportError:
-            raise UserError(f"reading {self.path} needs a package: type pip install pyarrow") from None
+            raise UserError(f"reading {self.path} needs a package: run pip install pyarrow") from None
         try:
             file = pyarrow.parquet.ParquetFile(self.path)
         except (pyarrow.ArrowException, OSError) as e:
@@ -277,8 +278,8 @@ class ParquetPart:
         names = file.schema_arrow.names
         kind = str(file.schema_arrow.field(self.column).type) if self.column in names else ""
         if kind not in ("string", "large_string", "string_view"):
-            what = f"is {kind}, not text" if kind else "is not there"
-            raise UserError(f"{self.path}: column {self.column!r} {what}: type --column=… (it has {', '.join(names)})")
+            what = f"is {kind}, not text" if kind else "does not exist"
+            raise UserError(f"{self.path}: column {self.column!r} {what}: use --column=… (it has {', '.join(names)})")
         return file
 
     @functools.cached_property
@@ -316,7 +317,7 @@ def file_part(path: Path, column: str, separator: str) -> Part:
         return ParquetPart(path, column)
     if separator:
         return SeparatedPart(path, separator)
-    for _ in decoded(path):  # better found now than by a worker
+    for _ in decoded(path):  # better found now than in a worker
         pass
     return TextPart(path, "", byte_order_mark(path), path.stat().st_size)
 
@@ -346,9 +347,9 @@ class HubPart:
             )
         except (ValueError, RuntimeError, OSError) as e:
             said = str(e).partition("\n")[0]
-            hint = "type --subset=… or --split=…"
+            hint = "use another --subset=… or --split=…"
             if "scripts are no longer supported" in said:
-                hint = "type --revision=refs/convert/parquet, where the hub may keep a converted copy, or take another data set"
+                hint = "use --revision=refs/convert/parquet, where the hub may keep a converted copy, or another data set"
             raise UserError(f"cannot open hf:{self.name}: {said}: {hint}") from None
 
     def read(self, place: dict | None = None) -> Iterator[tuple[Pieces, dict]]:
@@ -364,7 +365,7 @@ class HubPart:
             except Exception as e:  # whatever the HTTP library of the day raises, once datasets has tried again and again
                 raise UserError(
                     f"hf:{self.name} broke off after {rows:,} rows ({str(e).partition(chr(10))[0] or type(e).__name__}): "
-                    f"type the same command again, it goes on where it stopped"
+                    f"run the same command again, it resumes where it stopped"
                 ) from None
             if table is None:
                 return
@@ -377,22 +378,22 @@ class HubPart:
 
 
 def hub_revision(name: str, revision: str) -> str:
-    """The commit that a data set's revision stands for today; UserError if the hub or the data set cannot be had."""
+    """The commit of a data set's revision today; UserError if the hub or the data set is not available."""
     try:
         import datasets  # noqa: F401 - what reads it afterwards
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HfHubHTTPError
     except ImportError:
-        raise UserError(f"hf:{name} needs a package: type pip install datasets") from None
+        raise UserError(f"hf:{name} needs a package: run pip install datasets") from None
     try:
         return HfApi().dataset_info(name, revision=revision or None, timeout=10).sha
     except HfHubHTTPError as e:  # it answered
-        raise UserError(f"the hub has no data set {name!r} for you: {str(e).strip().splitlines()[-1]}") from None
+        raise UserError(f"the hub has no data set {name!r} that you may read: {str(e).strip().splitlines()[-1]}") from None
     except Exception as e:  # whatever the HTTP library of the day raises
         raise UserError(
-            f"the Hugging Face hub cannot be reached ({str(e).partition(chr(10))[0] or type(e).__name__}). Without it work "
-            f"shakespeare, enwik8 and any folder of .txt, .jsonl or .parquet files: fetch {name} where there is a network, "
-            f"and type python prepare_data.py path/to/its/files --name=…"
+            f"could not reach the Hugging Face hub ({str(e).partition(chr(10))[0] or type(e).__name__}). Without it use "
+            f"shakespeare, enwik8 or a folder of .txt, .jsonl or .parquet files: download {name} where there is a network, "
+            f"then run python prepare_data.py path/to/its/files --name=…"
         ) from None
 
 
@@ -412,33 +413,33 @@ def hub_parts(name: str, subset: str, splits: dict[str, str], column: str, revis
 
 
 def find(patterns: list[str], known: list[str]) -> list[Path]:
-    """The files that some files, folders and globs stand for, in sorted order; UserError names what there is not."""
+    """The files that some files, folders and globs stand for, in sorted order; UserError names what does not exist."""
     suffixes = TEXT_SUFFIXES | ROW_SUFFIXES
     paths: list[Path] = []
     for pattern in patterns:
         path = Path(pattern)
-        if path.is_dir():
+        if os.path.isdir(pattern):  # not path.is_dir(), which raises for a name that is too long
             inside = [p for p in path.rglob("*") if p.is_file()]
             has_rows = any(p.suffix.lower() in ROW_SUFFIXES for p in inside)  # then a README beside them is no document
             wanted = ROW_SUFFIXES if has_rows else TEXT_SUFFIXES
             found = sorted(p for p in inside if p.suffix.lower() in wanted)
             if left := len(inside) - len(found):
-                print(f"{pattern}: {len(found)} files read, {left} left out (not {', '.join(sorted(wanted))})")
+                print(f"{pattern}: {len(found)} files read, {left} skipped (not {', '.join(sorted(wanted))})")
             if not found:
-                raise UserError(f"the folder {pattern} holds no file ending in {', '.join(sorted(suffixes))}")
-        elif path.is_file():
+                raise UserError(f"the folder {pattern} has no file ending in {', '.join(sorted(suffixes))}")
+        elif os.path.isfile(pattern):
             found = [path]
         else:
             found = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
             if not found:
                 hint = errors.near_name(pattern, known)
-                raise UserError(f"{pattern} is no file, no folder, no glob with a match, and no known data set: {hint}")
+                raise UserError(f"{pattern} is not a file, folder, matching glob or known data set: {hint}")
         paths += found
     return paths
 
 
 def readable(part: Part, place: Any) -> Iterator[tuple[Pieces, Any]]:
-    """part.read(place); UserError if the file goes away."""
+    """part.read(place); UserError if the file disappears."""
     try:
         yield from part.read(place)
     except OSError as e:
@@ -449,7 +450,7 @@ class Reader:
     """The pieces of all parts, as (split, text, whether <|endoftext|> goes before it), from any position on.
 
     every: of the documents of parts without a split of their own, number 0, every, 2·every … validate, the others train. The
-    number counts documents that are not empty, so nothing else, like the size of shards, has a say in it.
+    number counts documents that are not empty, so nothing else, like the size of shards, changes the choice.
     """
 
     def __init__(self, parts: list[Part], every: int, position: dict | None = None):
@@ -460,7 +461,7 @@ class Reader:
 
     def __iter__(self) -> Iterator[list[tuple[str, str | bytes, bool]]]:
         documents = dict(self.position["documents"])  # split -> how many it has, also those cut in two
-        split = self.position["split"]  # of the document at hand
+        split = self.position["split"]  # of the current document
         for number in range(self.position["part"], len(self.parts)):
             part = self.parts[number]
             place = self.position["place"] if number == self.position["part"] else None

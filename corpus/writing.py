@@ -1,11 +1,11 @@
-"""Write a data set of any size: shards that are whole or not there, and progress from which killed work goes on.
+"""Write a data set of any size: shards that are whole or absent, and progress from which killed work resumes.
 
 While a data set is being made its folder holds, beside full shards, <shard>.bin.partial and progress.json: the position in the
-text, and how far each split's files are safe on the disk. Both belong to one batch, and go on from there together, so the
+text, and how far each split's files are safe on the disk. Both belong to one batch, and resume from there together, so the
 shards come out byte for byte as those of work that was never interrupted. The manifest comes last.
 """
 
-import fcntl
+import contextlib
 import hashlib
 import json
 import os
@@ -18,8 +18,9 @@ from typing import IO
 import numpy as np
 from tqdm import tqdm
 
+from base import files
 from base.errors import UserError
-from base.files import write_atomically
+from base.files import read_text, write_atomically
 from corpus import encoding, shards
 from corpus.shards import AGAIN, HEADER_BYTES, bytes_per_token, header
 from corpus.sources import Part, Reader
@@ -27,16 +28,16 @@ from tokenizer import Tokenizer
 
 PROGRESS = "progress.json"
 SAVE_SECONDS = 10.0  # between two saves of the progress: what a kill costs at most
-SAY_SECONDS = 60.0  # between two lines of it where there is no terminal for a bar
+LOG_SECONDS = 60.0  # between two lines of it where there is no terminal for a bar
 BATCH = 2**19  # characters or bytes; a worker takes 25 ms for them
 OURS = re.compile(r"(train|val|test)_\d{6}\.bin(\.partial)?")
 
 
 class ShardWriter:
-    """Writes a split's tokens into shards of shard_tokens each, the last shorter; goes on where a killed one stopped.
+    """Writes a split's tokens into shards of shard_tokens each, the last shorter; resumes where a killed one stopped.
 
-    A shard grows in <name>.partial and gets its name when it is full. Its header says from the start that it is full: so the
-    sha256 of what is there can be kept up, and of a full shard no byte is read again. save() says how far the files are safe.
+    A shard grows in <name>.partial and gets its name when it is full. Its header has the count of a full one from the start, so
+    the sha256 can be computed along the way, and no byte of a full shard is read again.
     """
 
     def __init__(self, folder: Path, split: str, tokenizer: Tokenizer, shard_tokens: int, saved: dict | None = None):
@@ -49,7 +50,7 @@ class ShardWriter:
         for entry in self.entries:
             path = folder / entry["file"]
             if not path.is_file() or path.stat().st_size != HEADER_BYTES + self.dtype.itemsize * entry["tokens"]:
-                raise UserError(f"{path} is not as it was left: {AGAIN}")
+                raise UserError(f"{path} has changed since: {AGAIN}")
         if saved and saved["tokens"]:
             self._reopen(saved["tokens"], saved["sha256"])
 
@@ -73,17 +74,17 @@ class ShardWriter:
 
     def _reopen(self, tokens: int, sha256: str) -> None:
         if not self.partial.is_file() and self.path.is_file():
-            os.replace(self.path, self.partial)  # it became full, or the last one, and then the kill came
+            os.replace(self.path, self.partial)  # it was completed just before the kill
         try:
             self.file = open(self.partial, "r+b")
-            self.file.write(header(self.tokenizer, self.shard_tokens))  # the last shard's says something else
+            self.file.write(header(self.tokenizer, self.shard_tokens))  # the last shard's has another count
             self.file.truncate(HEADER_BYTES + self.dtype.itemsize * tokens)
             self.file.seek(0)
             self.sha256 = hashlib.file_digest(self.file, "sha256")
         except OSError as e:
-            raise UserError(f"cannot go on with {self.partial}: {e.strerror}: {AGAIN}") from None
+            raise UserError(f"cannot continue {self.partial}: {e.strerror}: {AGAIN}") from None
         if self.sha256.hexdigest() != sha256:
-            raise UserError(f"{self.partial} is not as it was left: {AGAIN}")
+            raise UserError(f"{self.partial} has changed since: {AGAIN}")
         self.tokens = tokens
 
     def write(self, ids: np.ndarray) -> None:
@@ -111,7 +112,7 @@ class ShardWriter:
         self.file, self.tokens = None, 0
 
     def save(self) -> dict:
-        """Flush to the disk; what to pass as `saved` to go on from here, as JSON."""
+        """Flush to the disk; what to pass as `saved` to continue from here, as JSON."""
         if self.file is None:
             return {"shards": list(self.entries), "tokens": 0}
         self.file.flush()
@@ -145,7 +146,7 @@ def batches(reader: Reader) -> Iterator[tuple[tuple[dict, float], encoding.Batch
 
 
 def digest(progress: dict) -> str:
-    """sha256 of what is saved: a changed position would go unnoticed otherwise."""
+    """sha256 of the saved progress: a changed position would go unnoticed otherwise."""
     return hashlib.sha256(json.dumps(progress).encode()).hexdigest()
 
 
@@ -155,11 +156,11 @@ def fill(
     every: int,
     tokenizer: Tokenizer,
     progress: dict,
-    pool: encoding.Pool,
+    processes: int,
     shard_tokens: int,
     tokens: int,
 ) -> dict:
-    """Encode all parts into shards, from where `progress` is; what it has become is saved as the work goes on.
+    """Encode all parts into shards, from where `progress` is; it is updated and saved as the work goes on.
 
     every: as for sources.Reader; tokens: about how many there will be, 0: not known. Returns the manifest's splits, and how
     many documents each has.
@@ -174,58 +175,60 @@ def fill(
         write_atomically(folder / PROGRESS, json.dumps({"sha256": digest(progress), "progress": progress}).encode())
 
     save()  # from here on the folder is known to be ours
-    began = last = said = time.monotonic()
+    began = last = logged = time.monotonic()
     full = sum(len(writer.entries) for writer in opened.values())
     done = before = sum(map(len, opened.values()))
-    encoder = encoding.Encoder(tokenizer)
-    with tqdm(initial=done, unit="tok", unit_scale=True, desc=folder.name, disable=None, leave=False) as bar:
-        for (behind, share), encoded in pool.encode(encoder, batches(reader)):
-            for split, ids in encoded.items():
+    with (
+        tqdm(initial=done, unit="tok", unit_scale=True, desc=folder.name, disable=None, leave=False) as bar,
+        contextlib.closing(encoding.encode(tokenizer, batches(reader), processes)) as encoded,
+    ):
+        for (behind, share), ids_of in encoded:
+            for split, ids in ids_of.items():
                 if split not in opened:
                     opened[split] = ShardWriter(folder, split, tokenizer, shard_tokens)
                 opened[split].write(ids)
             position, done = behind, sum(map(len, opened.values()))
             bar.total = round(done / share) if share else tokens or None
             bar.update(done - bar.n)
-            shards = sum(len(writer.entries) for writer in opened.values())
+            complete = sum(len(writer.entries) for writer in opened.values())
             now = time.monotonic()
-            if shards > full or now - last > SAVE_SECONDS:
+            if complete > full or now - last > SAVE_SECONDS:
                 save()
-                last, full = now, shards
-            if bar.disable and now - said > SAY_SECONDS:
-                rate, said = (done - before) / (now - began), now
+                last, full = now, complete
+            if bar.disable and now - logged > LOG_SECONDS:
+                rate, logged = (done - before) / (now - began), now
                 left = f", {(bar.total - done) / rate / 60:,.0f} min left" if bar.total else ""
-                print(f"{folder}: {done:,} tokens, {rate:,.0f} a second{left}")
+                print(f"{folder}: {done:,} tokens, {rate:,.0f} tok/s{left}")
     splits = {split: opened[split].finish() for split in ("train", "val", "test") if split in opened}
     return {"splits": splits, "documents": position["documents"]}
 
 
-def lock(folder: Path) -> IO:
-    """Claim a data set's folder for as long as the returned file is open; UserError if another process makes it."""
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Claim a data set's folder; UserError if another process makes it."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "a", encoding="utf-8")
+    held = files.lock(folder, f"another process is preparing {folder}: wait for it, or use --name=another")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"another process is preparing {folder}: wait for it, or type --name=another") from None
-    return file
+        yield
+    finally:
+        held.release()
 
 
 def read_progress(folder: Path, request: dict) -> dict:
-    """What an interrupted run of the same request has left; UserError if it was of another."""
+    """What an interrupted run of the same request has saved; UserError if it was another request."""
     try:
-        content = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+        content = json.loads(read_text(folder / PROGRESS))
         progress = content["progress"]
         if digest(progress) != content["sha256"]:
             raise ValueError("sha256")
     except FileNotFoundError:
         return {}
-    except (ValueError, KeyError, TypeError, OSError) as e:
-        raise UserError(f"{folder / PROGRESS} is damaged ({type(e).__name__}): type --force to begin again") from None
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as e:
+        raise UserError(f"{folder / PROGRESS} is damaged ({type(e).__name__}): use --force to start again") from None
     before = progress["request"]
     if differs := [name for name, value in request.items() if before.get(name) != value]:
         was = ", ".join(f"{name} was {str(before.get(name))[:80]}" for name in differs)
-        raise UserError(f"{folder} is half made, of something else ({was}): type --force to begin again, or --name=another")
+        raise UserError(f"{folder} is incomplete, from another request ({was}): use --force to start again, or --name=another")
     return progress
 
 

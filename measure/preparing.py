@@ -1,18 +1,23 @@
-"""How fast prepare_data.py is, against tiktoken by itself on the same cores: both in one run, round by round. And how fast a
-BPE of one's own is learnt, and how well it compresses.
+"""How fast prepare_data.py is, against tiktoken by itself on the same cores: both in one run, round by round. And how fast your
+own BPE is learnt, and how well it compresses.
 
 tiktoken by itself: the text is in memory, cut into blocks; the ids are thrown away; nothing is counted but encoding. Three ways
 are timed, and the fastest is the yardstick: a process for each core, either of tiktoken's calls, or its own batch call, which
 uses threads. prepare_data.py is counted whole, from the arguments to the manifest: reading (twice: once to check it), starting
-its processes, tokenising, writing, hashing and flushing to the disk. Left out in both: Python's start, imports, and reading
+its processes, tokenizing, writing, hashing and flushing to the disk. Left out in both: Python's start, imports, and reading
 GPT-2's vocabulary, a quarter of a second.
 """
 
+import contextlib
 import hashlib
 import json
+import multiprocessing
+import re
+import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +25,9 @@ from pathlib import Path
 import tiktoken
 
 import prepare_data
-from base import system
-from corpus import bpe, encoding, sources
+from base import scripts, system
+from base.files import ROOT
+from corpus import bpe, sources
 from tokenizer import GPT2Tokenizer, blocks
 
 # What a BPE is learnt from, in bytes from the text's start, and how many merges: a large one and a small one.
@@ -37,7 +43,7 @@ CALLS: dict[str, Callable[[tiktoken.Encoding, list[str], int], int]] = {  # (enc
 
 def raw(path: str, call: str, share: int, of: int, cores: int) -> None:
     """Encode every of-th block of a text, once told to: ready, then seconds of CPU and number of ids, as lines of JSON."""
-    texts = list(blocks(sources.decoded(Path(path)), ()))[share::of]
+    texts = list(blocks("".join(sources.decoded(Path(path)))))[share::of]
     encoding = GPT2Tokenizer()._encoding
     encoding.encode_ordinary("warm")
     print("ready", flush=True)
@@ -47,23 +53,40 @@ def raw(path: str, call: str, share: int, of: int, cores: int) -> None:
     print(json.dumps({"cpu_s": time.process_time() - before, "tokens": ids}), flush=True)
 
 
+def watch_workers(peaks: dict[int, int], done: threading.Event) -> None:
+    """Keep each worker process's peak memory up to date: {process id: bytes}; none where there is no /proc."""
+    while not done.wait(0.02):
+        for worker in multiprocessing.active_children():
+            with contextlib.suppress(OSError, TypeError):  # it has ended
+                status = Path(f"/proc/{worker.pid}/status").read_text()
+                peaks[worker.pid] = 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])
+
+
+def cpu_seconds() -> float:
+    """Of this process and of its workers that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)
+
+
 def whole(path: str, data_dir: str, processes: int) -> None:
     """prepare_data.py on a text: what it took, as a line of JSON."""
     GPT2Tokenizer().encode("warm")
-    began, cpu = time.perf_counter(), time.process_time()
+    peaks, done = {}, threading.Event()
+    watch = threading.Thread(target=watch_workers, args=(peaks, done))
+    watch.start()
+    began, cpu = time.perf_counter(), cpu_seconds()
     cfg = prepare_data.PrepareConfig(data_dir=data_dir, name="speed", processes=processes)
-    with encoding.Pool(processes) as pool:
-        _, made = prepare_data.make(cfg, [path], pool)
-    found = {"s": time.perf_counter() - began, "cpu_s": time.process_time() - cpu}
-    found["cpu_s"] += sum(worker["cpu_s"] for worker in pool.usage)
+    _, made = prepare_data.make(cfg, [path])
+    found = {"s": time.perf_counter() - began, "cpu_s": cpu_seconds() - cpu}
+    done.set()
+    watch.join()
     found["tokens"] = sum(entry["tokens"] for entries in made["splits"].values() for entry in entries)
-    peaks = [worker["peak_bytes"] for worker in pool.usage]
-    print(json.dumps(found | {"peak_bytes": encoding.used()["peak_bytes"], "worker_peak_bytes": peaks}))
+    print(json.dumps(found | {"peak_bytes": system.peak_memory(), "worker_peak_bytes": list(peaks.values())}))
 
 
 def start(*job: object) -> subprocess.Popen:
-    command = [sys.executable, __file__, json.dumps(job)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    command = scripts.command("-m measure.preparing", json.dumps(job))
+    return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
 
 
 def time_raw(path: Path, call: str, cores: int) -> dict:
