@@ -13,9 +13,8 @@ text `ctx` as it is in the file, then a space and each `ending`, and nothing els
     acc       how often the right ending has the highest total log-probability
     acc_norm  how often it has the highest per token
 
-build-nanogpt and llm.c do the same; their scores for GPT-2 124M are 0.2859 and 0.2955 (1558M: 0.3842 and 0.4893). EleutherAI's
-harness puts the activity's label before the text, removes marks like [title], and divides by characters: its scores are 0.2892
-and 0.3114.
+build-nanogpt and llm.c do the same: 0.2859 and 0.2955 for GPT-2 124M (1558M: 0.3842 and 0.4893). lm-eval-harness puts the
+activity's label before the text, removes marks like [title], and divides by characters: 0.2892 and 0.3114.
 """
 
 import contextlib
@@ -48,9 +47,6 @@ from engine.parallel import World
 from model import GPT, KVCache, cross_entropy
 from tokenizer import Tokenizer, token_bytes
 
-ALONE = World()
-IGNORED = -100  # a target that does not count: cross_entropy's own default
-
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
@@ -69,8 +65,7 @@ class EvalConfig:
     rows: int = 0
     """HellaSwag: so many rows, spread evenly over the file; 0: all 10,042"""
     batch_size: int = 0
-    """sequences of block_size tokens in one forward pass, or shorter ones with as many tokens; 0: 16,384 tokens on a GPU, 2,048
-    on a CPU"""
+    """sequences of block_size tokens, or as many tokens, in one forward pass; 0: 16,384 tokens on a GPU, 2,048 on a CPU"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """where to compute"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -113,7 +108,7 @@ def validation(
     batch_size: int,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager] = contextlib.nullcontext,
-    world: World = ALONE,
+    world: World = World(),  # noqa: B008 - frozen
     broken_off: Callable[[], bool] = lambda: False,
 ) -> dict | None:
     """The model on the first `tokens` targets of a split: the same ones always, whatever the batch and world size.
@@ -136,10 +131,9 @@ def validation(
                 sums += torch.tensor([loss * n, n, sizes[counted].sum().item()], dtype=torch.float64)
             bar.update(min(x.numel() * world.size, total - bar.n))
     nats, count, size = summed(sums, device).tolist()
-    loss = nats / count
     return {
-        "loss": loss,
-        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "loss": nats / count,
+        "perplexity": math.exp(nats / count) if nats / count < 700 else math.inf,
         "bits_per_byte": nats / math.log(2) / size if size else math.nan,  # a text of document ends alone has no bytes
         "tokens": int(count),
         "bytes": int(size),
@@ -152,11 +146,6 @@ def summed(values: Tensor, device: torch.device) -> Tensor:
 
 
 # ---- HellaSwag --------------------------------------------------------------------------------------------------------
-
-
-def log_probs(logits: Tensor, targets: Tensor) -> Tensor:
-    """(B, T) log-probability of each target (B, T) under logits (B, T, V), 0 where a target does not count."""
-    return -cross_entropy(logits, targets, "none").view(targets.shape)
 
 
 def score_endings(model: GPT, context: Tensor, endings: Tensor) -> Tensor:
@@ -175,9 +164,9 @@ def score_endings(model: GPT, context: Tensor, endings: Tensor) -> Tensor:
     each.length = S
     targets = endings.flatten(0, 1)  # (4B, E)
     later = model(targets[:, :-1].clamp(min=0), cache=each)  # (4B, E - 1, V)
-    found = log_probs(first.repeat_interleave(ENDINGS, dim=0), targets[:, :1])
-    found = torch.cat((found, log_probs(later, targets[:, 1:])), dim=1)
-    return found.cpu().double().sum(1).view(B, ENDINGS)
+    first = cross_entropy(first.repeat_interleave(ENDINGS, dim=0), targets[:, :1], "none").view(-1, 1)
+    later = cross_entropy(later, targets[:, 1:], "none").view(-1, E - 1)
+    return -torch.cat((first, later), dim=1).cpu().double().sum(1).view(B, ENDINGS)
 
 
 def score_rows(
@@ -186,7 +175,7 @@ def score_rows(
     *,
     batch_tokens: int,
     autocast: Callable[[], AbstractContextManager] = contextlib.nullcontext,
-    world: World = ALONE,
+    world: World = World(),  # noqa: B008 - frozen
     broken_off: Callable[[], bool] = lambda: False,
 ) -> Tensor | None:
     """Total log-probability of each ending, (rows, 4) float64, the same in every process. Arguments as in hellaswag()."""
@@ -202,7 +191,7 @@ def score_rows(
             batch = batches[number % len(batches)]  # a process that has run out repeats others': sharded weights need it
             # two tokens at least: the second pass must exist, in every process
             E = max(2, *(len(ending) for i in batch for ending in encoded[i][1]))
-            endings = [[ids + [IGNORED] * (E - len(ids)) for ids in encoded[i][1]] for i in batch]
+            endings = [[ids + [-100] * (E - len(ids)) for ids in encoded[i][1]] for i in batch]
             contexts = torch.tensor([encoded[i][0] for i in batch])
             with autocast():
                 found = score_endings(model, contexts.to(device), torch.tensor(endings).to(device))
@@ -281,8 +270,7 @@ def evaluate_model(place: str, cfg: EvalConfig) -> dict:
     facts = {"code": parallel.code_sha256(), "torch": torch.__version__, "data": dataset.sha256 if dataset else None}
     parallel.check_same_on_all_ranks(world, facts | {"model": str(folder or place)} | asdict(cfg))
     model = model.to(device).eval()
-    reduced = functools.partial(torch.autocast, device.type, machine.DTYPES[cfg.dtype])
-    how = dict(autocast=contextlib.nullcontext if cfg.dtype == "float32" else reduced, world=world)
+    how = dict(autocast=functools.partial(machine.autocast, device, cfg.dtype), world=world)
     found: dict[str, dict] = {}
     if dataset:
         tokens = cfg.tokens or (trained.eval_tokens if trained else 1_048_576)
@@ -328,16 +316,15 @@ def main(argv: list[str]) -> None:
     when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     record = {"kind": "evaluate", "date": when, "command": "python evaluate.py " + " ".join(argv)} | record
     run, _ = run_folder(places[0])
-    path = Path(cfg.out) if cfg.out else run / "eval.jsonl" if run else None
     print(json.dumps(summary(record)))
     try:
         if cfg.out:
-            write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
-        elif path:
-            with open(path, "a", encoding="utf-8") as f:
+            write_atomically(Path(cfg.out), (json.dumps(record, indent=1) + "\n").encode())
+        elif run:
+            with open(run / "eval.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(record) + "\n")
     except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror}; use --out=another/file.json") from None
+        raise UserError(f"cannot write {cfg.out or run / 'eval.jsonl'}: {e.strerror}; use --out=another/file.json") from None
 
 
 if __name__ == "__main__":

