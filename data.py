@@ -18,7 +18,7 @@ def sequence_count(stream: TokenStream, T: int, what: str) -> int:
     """How many whole sequences of T inputs with their targets a stream holds; UserError if none."""
     n = (len(stream) - 1) // T
     if n < 1:
-        remedy = f"type --sequence_length={len(stream) - 1}" if len(stream) > 1 else "prepare a longer text"
+        remedy = f"use --sequence_length={len(stream) - 1}" if len(stream) > 1 else "prepare a longer text"
         raise UserError(f"{what} has {len(stream)} tokens, too few for a sequence length of {T}: {remedy}")
     return n
 
