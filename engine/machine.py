@@ -42,6 +42,8 @@ PEAK_FLOPS = {
     "Tesla T4": 65e12,
 }
 
+NO_TRITON = "Triton needs a GPU of compute capability 7.0 (V100) or newer"
+
 
 def pick_device(wanted: str) -> torch.device:
     """The device of this process. UserError if it was named and is not there."""
@@ -80,7 +82,7 @@ def why_no_compile(device: torch.device) -> str | None:
         if not find_spec("triton"):
             return "the package triton is not installed"
         if torch.cuda.get_device_capability(device) < (7, 0):
-            return "Triton needs a GPU of compute capability 7.0 (V100) or newer"
+            return NO_TRITON
         variable, names = "CC", ["gcc", "clang", "cc"]  # Triton builds a launcher in C for its kernels
     if not any(shutil.which(c) for c in shlex.split(os.environ.get(variable, ""))[:1] or names):
         return f"there is no {'C' if variable == 'CC' else 'C++'} compiler (Debian: apt install g++)"
@@ -160,13 +162,25 @@ def why_no_reuse(device: torch.device) -> str | None:
     return None if device.type == "cpu" and platform.libc_ver()[0] == "glibc" else "it needs a CPU and glibc"
 
 
-def not_available(cfg: Config, device: torch.device) -> str | None:
+def abilities(device: torch.device) -> tuple[str, str | None]:
+    """(best_dtype, why_no_compile)."""
+    return best_dtype(device), why_no_compile(device)
+
+
+def gpu_abilities(capability: float) -> tuple[str, str | None]:
+    """The same of a GPU by its compute capability, wherever it is."""
+    return "bfloat16" if capability >= 8 else "float16", None if capability >= 7 else NO_TRITON
+
+
+def not_available(cfg: Config, device: torch.device, able: tuple[str, str | None] | None = None) -> str | None:
     """Why this device cannot run a config, with the remedy; None if it can. An "auto" is never a reason. This is the one place
     that knows before a run; what is available and still has no effect, effective() finds in the run.
+
+    able: the abilities of a device that is not here.
     """
-    kind = device.type
+    kind, (dtype, no_compile) = device.type, able or abilities(device)
     precisions = {"cuda": ("ieee", "tf32"), "cpu": ("ieee", "tf32", "bf16"), "mps": ("ieee",)}[kind]
-    if cfg.dtype == "bfloat16" and kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if cfg.dtype == "bfloat16" and kind == "cuda" and dtype != "bfloat16":
         return "dtype=bfloat16 is not available: this GPU has no bf16 matmuls; use --dtype=float16"
     if cfg.parallel == "fsdp" and cfg.dtype == "float16":  # its scaler looks for overflows in each process's own share only
         return "parallel=fsdp is not available with dtype=float16: use --dtype=bfloat16 or float32"
@@ -174,8 +188,8 @@ def not_available(cfg: Config, device: torch.device) -> str | None:
         return f"fp32_precision={cfg.fp32_precision} is not available on {kind}: use --fp32_precision={' or '.join(precisions)}"
     if cfg.sdpa_backend != "any" and kind != "cuda":
         return f"sdpa_backend={cfg.sdpa_backend} is not available on {kind}, only on cuda: use --sdpa_backend=any"
-    if cfg.compile is True and (reason := why_no_compile(device)):
-        return f"compile=True is not available: {reason}; or use --compile=False"
+    if cfg.compile is True and no_compile:
+        return f"compile=True is not available: {no_compile}; or use --compile=False"
     if cfg.compile_mode != "default" and cfg.compile is False:
         return f"compile_mode={cfg.compile_mode} needs --compile=True"
     if cfg.compile_mode == "reduce-overhead" and kind != "cuda":
@@ -185,9 +199,13 @@ def not_available(cfg: Config, device: torch.device) -> str | None:
     return None
 
 
-def resolve(cfg: Config, device: torch.device) -> tuple[Config, list[str]]:
-    """(cfg without any "auto", a line on each choice). UserError if a setting is not available on this device."""
-    dtype, no_compile, no_reuse = best_dtype(device), why_no_compile(device), why_no_reuse(device)
+def resolve(cfg: Config, device: torch.device, able: tuple[str, str | None] | None = None) -> tuple[Config, list[str]]:
+    """(cfg without any "auto", a line on each choice). UserError if a setting is not available on this device.
+
+    able: the abilities of a device that is not here.
+    """
+    able = able or abilities(device)
+    (dtype, no_compile), no_reuse = able, why_no_reuse(device)
     choices = {
         "device": (device.type, None),
         "dtype": (dtype, None if dtype == "bfloat16" else "no hardware bf16 here"),
@@ -198,7 +216,7 @@ def resolve(cfg: Config, device: torch.device) -> tuple[Config, list[str]]:
     }
     chosen = {name: choice for name, choice in choices.items() if getattr(cfg, name) == "auto"}
     cfg = replace(cfg, **{"device": device.type} | {name: value for name, (value, _) in chosen.items()})
-    if reason := not_available(cfg, device):
+    if reason := not_available(cfg, device, able):
         raise UserError(reason)
     if not cfg.compile:
         chosen.pop("compile_scope", None)  # of nothing

@@ -178,7 +178,7 @@ def replace_parameters(gpt: GPT) -> None:
 
 
 def follow(cfg: Config, processes: int, accumulate: Callable[[Run, int], Tensor]) -> Ledger:
-    """The ledger of a step, not the first, of a run whose config is resolved, in one of its processes, as if that shared nothing
+    """The ledger of a step, not the first, of a run whose config is resolved, in one of its processes as if it shared nothing
     with the others. Two micro-steps stand for any number. accumulate: train.accumulate."""
     micro_batch, accumulation = cfg.split_step(processes)
     ledger = Ledger()

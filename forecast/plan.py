@@ -1,7 +1,7 @@
 """What a training run takes, before its first step: memory, time, disk. No device is touched and nothing is computed.
 
-    python train.py config/shakespeare.py --plan
-    python train.py config/gpt2_124m.py --plan --device=cuda --processes=8      for a machine that is not here
+python train.py config/shakespeare.py --plan
+python train.py config/gpt2_124m.py --plan --device=cuda --processes=8      for a machine that is not here
 """
 
 import math
@@ -25,7 +25,7 @@ from engine import machine
 from engine.journal import duration
 from engine.run import Run, open_data
 from forecast import cluster
-from forecast.memory import KINDS, Memory, Target, memory, program, saves
+from forecast.memory import HEAP_GAPS, KINDS, Memory, Target, memory, program, saves
 from forecast.speed import Rate, rate
 from model import GPT
 from report import tables
@@ -128,8 +128,9 @@ def check_memory(cfg: Config, target: Target) -> Memory:
     free = target.free
     if free is None:
         return memory(cfg, target)
-    what = f"weights, gradients and AdamW's moments alone take {gib(least_memory(cfg, target))} GiB a process, {gib(free)} are free"
-    if least_memory(cfg, target) <= free:
+    least = least_memory(cfg, target)
+    what = f"weights, gradients and AdamW's moments alone take {gib(least)} GiB a process, {gib(free)} are free"
+    if least <= free:
         found = memory(cfg, target)
         if found.peak <= free:
             return found
@@ -197,11 +198,10 @@ def look_at_data(cfg: Config) -> Data:
 
 
 def parameters(cfg: Config) -> tuple[int, int]:
-    """(all that are stored, those that count: without the vocabulary's padding). Each layer has as many, so two models tell."""
+    """(all that are stored, those that count: without the vocabulary's padding)."""
     with torch.device("meta"):
-        one, two = (GPT(replace(cfg, n_layer=layers)) for layers in (1, 2))
-    counts = [(sum(p.numel() for p in gpt.parameters()), gpt.n_params()) for gpt in (one, two)]
-    return tuple(a + (cfg.n_layer - 1) * (b - a) for a, b in zip(*counts, strict=True))
+        gpt = GPT(cfg)
+    return sum(p.numel() for p in gpt.parameters()), gpt.n_params()
 
 
 def expected_loss(cfg: Config) -> tuple[float, float]:
@@ -218,25 +218,22 @@ def row(name: str, value: str, remark: str = "") -> str:
     return f"  {name:<26}{value:>14}   {remark}".rstrip()
 
 
-def memory_rows(cfg: Config, found: Memory, total: int | None) -> list[str]:
-    """Each kind's largest, and its share of the moment at which all together are largest."""
-    lines = [f"memory, GiB a process{'at the peak':>21}{'at its most':>14}"]
+def memory_rows(cfg: Config, found: Memory, target: Target) -> list[str]:
+    """Each kind's share of the moment at which all together are largest."""
+    lines = ["memory at the peak, GiB a process"]
     remarks = KINDS | {
         "the program": "Python, torch" + (", what compiling leaves behind" if cfg.compile else ""),
-        "holes in malloc's heap": "replayed with this machine's own malloc",
+        "gaps in the heap": f"an allowance for what malloc cannot reuse: {HEAP_GAPS:.0%} of the tensors",
         "held by other processes": f"--parallel={cfg.parallel}",
     }
-    for kind, size in found.at_peak.items():
-        if found.at_most[kind]:
-            name = kind.format(dtype=cfg.dtype)
-            lines.append(f"  {name:<26}{gib(size):>14}{gib(found.at_most[kind]):>14}   {remarks[kind]}")
-    of = f"of {gib(total)}; " if total else ""
-    where = "without what CUDA itself takes" if cfg.device == "cuda" else "as train.py logs it"
+    lines += [row(kind, gib(size), remarks[kind]) for kind, size in found.parts.items() if size]
+    of = f"of {gib(target.total)}; " if target.total else ""
+    where = "without what CUDA itself takes" if cfg.device == "cuda" else "as train.py logs it, within about 10%"
     lines.append(row("predicted peak", gib(found.training), f"{of}{where}"))
     if found.saving > found.training:
-        lines.append(row("while it saves", gib(found.saving), "its copy in memory; not with --background_save=False"))
+        lines.append(row("while it saves", gib(found.saving), "with a copy of its state; none with --background_save=False"))
     if found.host:
-        lines.append(row("copy to be saved", gib(found.host), "in the host's memory; not with --background_save=False"))
+        lines.append(row("copy to be saved", gib(found.host), "in the host's memory; none with --background_save=False"))
     return lines
 
 
@@ -261,61 +258,63 @@ def time_rows(cfg: Config, speed: Rate, seen: Data) -> list[str]:
     ]
 
 
-def plan(asked: Config, results: Path, imported: int) -> str:
-    """The page of a config. UserError, one line, if it cannot run. imported: bytes of a process that has imported train.py."""
-    processes = asked.processes or int(os.environ.get("WORLD_SIZE", 1))
-    cfg, at = resolve(asked, processes)
-    stored, counted = parameters(cfg)
-    size, many, left = check_disk(cfg, stored, at.hardware is None)
-    seen = look_at_data(cfg)
-    found = check_memory(cfg, processes, 0 if cfg.device == "cuda" else program(cfg, imported), at.free)
-    cfg = replace(cfg, batch_size=found.micro_batch)
-    speed = rate(cfg, processes, at.hardware, results)
-    how = [cfg.device, cfg.dtype, f"{cfg.attention} attention", f"compiled by {cfg.compile_scope}" if cfg.compile else "eager"]
-    how += ["fused AdamW" if cfg.fused_adamw else "looped AdamW", *(["freed memory kept"] if cfg.reuse_memory else [])]
-    how += [f"{processes} processes, {cfg.parallel}" if processes > 1 else "1 process"]
-    rows = f", in {cfg.padded_vocab_size:,} rows" if cfg.padded_vocab_size != cfg.vocab_size else ""
-    shape = f"{cfg.n_layer} layers, {cfg.n_head} heads, {cfg.n_embd} wide; vocabulary {cfg.vocab_size:,}{rows}"
-    cut = f"{found.accumulation} x {found.micro_batch} x {cfg.T} x {processes}: micro-steps x sequences x T x processes"
+def learning_rows(cfg: Config, found: Memory, target: Target, seen: Data) -> list[str]:
+    shape = f"{found.accumulation} x {found.micro_batch} x {cfg.T} x {target.processes}"
     tokens = cfg.tokens_per_step * cfg.max_steps
     epochs = f", {tokens / seen.tokens:.3g} epochs" if seen.tokens else ""
     log, more = expected_loss(cfg)
+    return [
+        "learning",
+        row("tokens per step", f"{cfg.tokens_per_step:,}", f"{shape}: micro-steps x sequences x T x processes"),
+        row("steps", f"{cfg.max_steps:,}", f"{tokens:,} tokens{epochs}"),
+        row("loss at step 0", f"{log + more:.2f}", f"ln {cfg.vocab_size} = {log:.2f}, and {more:.2f} for random weights"),
+    ]
+
+
+def notes(asked: Config, cfg: Config, found: Memory, target: Target) -> Iterator[str]:
+    """What is odd about a run."""
+    if found.micro_batch != asked.batch_size and asked.batch_size != "auto":
+        yield f"batch_size={asked.batch_size} does not divide a process's share of the step: {found.micro_batch} does"
+    if 0 < cfg.max_steps <= cfg.warmup_steps:
+        yield f"warmup_steps={cfg.warmup_steps} is all of max_steps={cfg.max_steps}: the learning rate never comes down"
+    if cfg.init_from:
+        yield f"init_from={cfg.init_from}: step 0 has the loss of those weights, not of random ones"
+    if cfg.device == "cuda" and target.hardware is None:
+        yield "the memory and the speed of that GPU are not known here"
+
+
+def page(asked: Config, results: Path, imported: int, accumulate: Callable[[Run, int], Tensor]) -> str:
+    """The plan of a config. UserError, one line, if it cannot run. imported: bytes of a process that has imported train.py."""
+    cfg, target = resolve(asked, imported, accumulate)
+    stored, counted = parameters(cfg)
+    size, many, left = check_disk(cfg, stored, target.hardware is None)
+    seen = look_at_data(cfg)
+    found = check_memory(cfg, target)
+    cfg = replace(cfg, batch_size=found.micro_batch)
+    how = [cfg.device, cfg.dtype, f"{cfg.attention} attention", f"compiled by {cfg.compile_scope}" if cfg.compile else "eager"]
+    how += ["fused AdamW" if cfg.fused_adamw else "looped AdamW", *(["freed memory kept"] if cfg.reuse_memory else [])]
+    how += [f"{target.processes} processes, {cfg.parallel}" if target.processes > 1 else "1 process"]
+    rows = f", in {cfg.padded_vocab_size:,} rows" if cfg.padded_vocab_size != cfg.vocab_size else ""
+    shape = f"{cfg.n_layer} layers, {cfg.n_head} heads, {cfg.n_embd} wide; vocabulary {cfg.vocab_size:,}{rows}"
     lines = [
-        f"{at.hardware or 'a GPU that is not here'}: {', '.join(how)}",
+        f"{target.hardware or 'a GPU that is not here'}: {', '.join(how)}",
         "model",
         row("parameters", f"{counted / 1e6:,.2f}M", shape),
         row("FLOPs per token", f"{cfg.flops_per_token(cfg.T) / 1e6:,.1f}M", "forward, backward: 6 a matmul weight + 12 L C T"),
-        "learning",
-        row("tokens per step", f"{cfg.tokens_per_step:,}", cut),
-        row("steps", f"{cfg.max_steps:,}", f"{tokens:,} tokens{epochs}"),
-        row("loss at step 0", f"{log + more:.2f}", f"ln {cfg.vocab_size} = {log:.2f}, and {more:.2f} for random weights"),
-        *memory_rows(cfg, found, at.total),
-        *time_rows(cfg, speed, seen),
+        *learning_rows(cfg, found, target, seen),
+        *memory_rows(cfg, found, target),
+        *time_rows(cfg, rate(cfg, target.processes, target.hardware, results), seen),
         "disk, GiB",
         row("data", gib(seen.bytes) if seen.bytes else "?", f"{cfg.data_dir}/{cfg.dataset}: {seen.note}"),
         row("checkpoints", gib(size * many), f"{many} at a time x 12 bytes a parameter; {gib(left)} free for {cfg.out_dir}"),
     ]
-    notes = []
-    if found.micro_batch != asked.batch_size and asked.batch_size != "auto":
-        notes.append(f"batch_size={asked.batch_size} does not divide a process's share of the step: {found.micro_batch} does")
-    if 0 < cfg.max_steps <= cfg.warmup_steps:
-        notes.append(f"warmup_steps={cfg.warmup_steps} is all of max_steps={cfg.max_steps}: the learning rate never comes down")
-    if cfg.init_from:
-        notes.append(f"init_from={cfg.init_from}: step 0 has the loss of those weights, not of random ones")
-    if cfg.reuse_memory and not cfg.compile and found.at_peak["logits"] + found.at_peak["activations"] > found.peak / 3:
-        notes.append("eager, with freed memory kept: holes differ from run to run and may double; --reuse_memory=False has few")
-    if cfg.device == "cuda" and at.hardware is None:
-        notes.append("what that GPU has in memory and speed is not known here")
-    return "\n".join([*lines, *(["notes"] if notes else []), *(f"  {note}" for note in notes)])
+    odd = [f"  {note}" for note in notes(asked, cfg, found, target)]
+    return "\n".join([*lines, *(["notes"] if odd else []), *odd])
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], accumulate: Callable[[Run, int], Tensor]) -> None:
+    """Print the plan of the config and flags in argv. accumulate: train.accumulate, whose memory is followed."""
     if int(os.environ.get("RANK", 0)):
-        return  # torchrun starts several, one of them speaks
+        return  # torchrun starts several processes, one of them prints
     imported = held_now()
-    cfg = configurator.load([a for a in argv if a != "--plan"], __doc__)
-    print(plan(cfg, Path(__file__).parent / "results", imported))
-
-
-if __name__ == "__main__":
-    errors.entry(main)
+    print(page(configurator.load(argv, __doc__), ROOT / "results", imported, accumulate))
