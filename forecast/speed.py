@@ -8,7 +8,7 @@ from pathlib import Path
 from base.errors import UserError
 from configurator import Config
 from engine import machine
-from report import tables
+from report import results as records
 
 # What a step's speed depends on besides its sizes, the most important first.
 SETTINGS = ["dtype", "fp32_precision", "compile", "attention", "reuse_memory", "fused_adamw", "deterministic", "processes"]
@@ -44,10 +44,10 @@ def measured(hardware: str | None, results: Path) -> list[tuple[str, dict]]:
     """(name, entry) of everything in results/ on this hardware that has whole steps."""
     found = []
     for path in sorted(results.glob("*/*.json")):
-        result = tables.load(path)
+        result = records.load(path)
         if result["kind"] not in ("ladder", "ablate", "shakespeare", "ab", "run") or result["machine"]["hardware"] != hardware:
             continue
-        entries = result["sides"] if result["kind"] == "ab" else tables.measured(result) if "rungs" in result else [result]
+        entries = result["sides"] if result["kind"] == "ab" else records.measured(result) if "rungs" in result else [result]
         name = f"results/{path.parent.name}/{path.name}"
         found += [(f"{name} {e['name']}" if "name" in e else name, e) for e in entries]
     return found
@@ -66,7 +66,7 @@ def rate(cfg: Config, processes: int, hardware: str | None, results: Path) -> Ra
         differ = [trait for trait in here if here[trait] != other[trait]]
         weight = sum(len(SETTINGS) - SETTINGS.index(trait) for trait in differ if trait in SETTINGS)
         apart = sum(abs(math.log(here[trait] / other[trait])) for trait in SIZES)
-        seconds = statistics.median(tables.all_steps(e)) if "step_s" in e else there.tokens_per_step / e["tokens_per_s"]
+        seconds = statistics.median(records.all_steps(e)) if "step_s" in e else there.tokens_per_step / e["tokens_per_s"]
         tokens = there.tokens_per_step / seconds * there.flops_per_token(there.T) / flops
         if cfg.device == "cuda":  # each process has a GPU of its own; on a CPU they share it
             tokens *= processes / other["processes"]
