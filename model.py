@@ -1,8 +1,8 @@
 """GPT-2 as a function of its tokens: the mathematics and nothing else (no devices, no optimizer, no files).
 
 The architecture is GPT-2's: pre-norm blocks, tanh GELU, learned positions, biases (Radford et al. 2019). Parameter names are
-those of the Hugging Face layout, so that weights travel both ways by name (pretrained.py). What changes the speed but not the
-mathematics (compilation, precision, several devices) wraps this module from outside, in train.py and parallel.py.
+those of the Hugging Face layout, so that weights travel both ways by name (engine/pretrained.py). What changes the speed but
+not the mathematics (compilation, precision, several devices) wraps this module from outside, in engine/run.py.
 
 Shapes: B sequences, T tokens, C = n_embd, H heads of D = C / H, V = vocab_size, S = keys seen so far (cache included).
 """

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from base.errors import UserError
 from configurator import GPTConfig
-from model import ATTENTION, GPT, GPT2_SIZES, KVCache, naive_attention
+from model import ATTENTION, GPT, GPT2_SIZES, KVCache, cross_entropy, naive_attention
 
 ATTENTIONS = ["naive", "blocked", "sdpa"]
 
@@ -181,6 +181,22 @@ def test_last_only_is_the_last_column(tiny):
     cfg = tiny()
     model, idx = build(cfg), tokens(cfg)
     torch.testing.assert_close(model(idx, last_only=True), model(idx)[:, -1:], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "error"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-5)], ids=["fp64", "fp32", "bf16"]
+)
+def test_cross_entropy_is_the_definition_in_at_least_float32(dtype, error):
+    """log of the sum of exp(logits), minus the target's logit; the mean of all, or each."""
+    g = torch.Generator().manual_seed(0)
+    logits = (8 * torch.randn(3, 5, 65, generator=g, dtype=torch.float64)).to(dtype)
+    targets = torch.randint(65, (3, 5), generator=g)
+    targets[1, 2:] = -100
+    counts = targets >= 0
+    exact = logits.double().logsumexp(-1) - logits.double().gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    torch.testing.assert_close(cross_entropy(logits, targets).double(), exact[counts].mean(), rtol=0, atol=error)
+    each = cross_entropy(logits, targets, reduction="none").view(targets.shape)
+    torch.testing.assert_close(each.double(), exact * counts, rtol=0, atol=error)
 
 
 def test_positions_with_target_minus_100_do_not_count(tiny):
