@@ -182,8 +182,7 @@ def score_rows(
     device = model.lm_head.weight.device
     scores = torch.zeros(len(encoded), ENDINGS, dtype=torch.float64)
     batches = batch_rows(encoded, batch_tokens)
-    rounds = -(-len(batches) // world.size)
-    # not compiled: each batch has a shape of its own
+    rounds = -(-len(batches) // world.size)  # below, not compiled: each batch has a shape of its own
     with evaluating(model, "HellaSwag", len(encoded), "row", world) as bar, torch.compiler.set_stance("force_eager"):
         for number in range(world.rank, rounds * world.size, world.size):
             if broken_off():
@@ -284,7 +283,7 @@ def evaluate_model(place: str, cfg: EvalConfig) -> dict:
         began = time.perf_counter()
         result = hellaswag(model, tokenizer, rows, batch_tokens=batch_tokens, **how)
         found["hellaswag"] = result | {"seconds": time.perf_counter() - began}
-    if not all(math.isfinite(x) for result in found.values() for x in (result.get("loss", 0.0), result.get("acc", 0.0))):
+    if not all(math.isfinite(r.get("loss", 0.0)) and math.isfinite(r.get("acc", 0.0)) for r in found.values()):
         remedy = ", or float16 is too narrow: use --dtype=float32" if cfg.dtype == "float16" else ""
         raise UserError(f"{place}: the model's output is not finite: its weights are damaged{remedy}")
     step = int(checkpoint.STEP_NAME.fullmatch(folder.name)[1]) if folder else None

@@ -347,6 +347,23 @@ def test_a_run_is_measured_on_what_it_validated_on(trained, capsys):
     assert {"kind", "date", "command", "machine", "processes", "parameters"} <= first.keys()
 
 
+@pytest.mark.usefixtures("own_signals")
+def test_training_scores_the_rows_of_its_own_data_folder(tiny_run, tmp_path, monkeypatch):
+    """As evaluate.py scores the checkpoint of that step."""
+    rows = [Row("the cat", ("sat on a mat,", "ran", "fell.", "after the cat"), i % 4) for i in range(12)]
+    monkeypatch.setattr(
+        train, "load_rows", lambda data_dir, count, log: rows[:count] if data_dir == tiny_run["data_dir"] else []
+    )
+    steps = dict(max_steps=4, hellaswag_interval=2, hellaswag_rows=9, curve="off", out_dir=str(tmp_path / "run"))
+    with contextlib.redirect_stdout(None):
+        train.train(Config(**tiny_run | steps))
+    logged = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    scored = [r for r in logged if "hellaswag" in r]
+    assert [r["step"] for r in scored] == [2, 4]
+    expected = hellaswag(*restore.load_model(str(tmp_path / "run")), rows[:9], batch_tokens=128)
+    assert (scored[-1]["hellaswag"], scored[-1]["hellaswag_norm"]) == (expected["acc"], expected["acc_norm"])
+
+
 @pytest.mark.usefixtures("few_rows", "own_signals")
 def test_hellaswag_from_the_command_line(trained, tmp_path, capsys):
     before = (trained / "eval.jsonl").read_bytes() if (trained / "eval.jsonl").is_file() else b""

@@ -1,44 +1,28 @@
-"""preparing.py: what it counts, and that the yardstick is the fastest of tiktoken's ways."""
-
-import io
-import json
+"""preparing.py: every way encodes the same text, and the yardstick is the fastest of tiktoken's."""
 
 import pytest
 
 from measure import preparing
+from tokenizer import GPT2Tokenizer
 
 TEXT = "The quick brown fox — jumps over the lazy dog.\n" * 60_000  # 2.9 MB: worker processes start
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    path = tmp_path_factory.mktemp("speed") / "text.txt"
+@pytest.mark.slow
+@pytest.mark.usefixtures("gpt2_files")
+def test_every_way_encodes_the_same_text(tmp_path):
+    path = tmp_path / "text.txt"
     path.write_text(TEXT, encoding="utf-8")
-    return path
-
-
-@pytest.mark.usefixtures("gpt2_files")
-@pytest.mark.parametrize("call", preparing.CALLS)
-def test_tiktoken_by_itself_encodes_the_same_text(path, call, capsys, monkeypatch):
-    expected = len(preparing.GPT2Tokenizer().encode(TEXT))
-    found = 0
-    for share in range(2):
-        monkeypatch.setattr("sys.stdin", io.StringIO("go\n"))
-        preparing.raw(str(path), call, share, 2, 2)
-        ready, answer = capsys.readouterr().out.splitlines()
-        assert ready == "ready"
-        found += json.loads(answer)["tokens"]
-    assert found == expected
-
-
-@pytest.mark.usefixtures("gpt2_files")
-def test_the_whole_is_a_data_set_and_its_processes_are_counted(path, tmp_path, capsys):
-    preparing.whole(str(path), str(tmp_path), 2)
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert abs(found["tokens"] - len(preparing.GPT2Tokenizer().encode(TEXT))) <= 2  # the cut between train and val
-    assert len(found["worker_peak_bytes"]) == 2
-    assert found["cpu_s"] > 0
-    assert (tmp_path / "speed" / "manifest.json").is_file()
+    result = preparing.measure(path, processes=2, rounds=1)
+    expected = len(GPT2Tokenizer().encode(TEXT))
+    (timed,) = result["rounds"]
+    assert {call: timed[call]["tokens"] for call in preparing.CALLS} == dict.fromkeys(preparing.CALLS, expected)
+    assert abs(timed["whole"]["tokens"] - expected) <= 2  # the cut between train and val
+    assert len(timed["whole"]["worker_peak_bytes"]) == 2
+    assert all(peak > 2**20 for peak in timed["whole"]["worker_peak_bytes"])
+    assert timed["whole"]["cpu_s"] > 0
+    assert all(learnt["bytes_per_token"]["own"] > 4 for (learnt,) in result["learnt"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["text.txt"]
 
 
 def test_a_ratio_is_to_the_fastest_way_of_its_round():
