@@ -32,7 +32,8 @@ def pyplot():
             "axes.spines.top": False,
             "axes.spines.right": False,
             "figure.dpi": 120,
-            "figure.constrained_layout.w_pad": 0.12,  # inches between the labels and the edge
+            "figure.constrained_layout.w_pad": 0.12,  # inches between the labels and the edges
+            "figure.constrained_layout.h_pad": 0.1,
             "font.family": "DejaVu Sans",  # comes with matplotlib: the same letters on every machine
             "svg.fonttype": "path",  # outlines: no viewer needs the font, and no other font's width cuts a label off
             "text.parse_math": False,  # a "$" in a name is a dollar
