@@ -33,6 +33,21 @@ def test_links_of_the_documents_lead_somewhere(root):
             assert (path.parent / link).exists(), f"{path}: {link}"
 
 
+def test_commands_of_the_documents_name_files_that_exist(root):
+    """Scripts, modules and config files of every command that a reader may copy."""
+    commands = [
+        (path.name, line.partition("#")[0])
+        for path in documents.documents(root)
+        for line in re.findall(r"^    (?:python|torchrun) .*$|`python [^`]+`", path.read_text(encoding="utf-8"), re.MULTILINE)
+    ]
+    assert len(commands) > 50
+    for name, line in commands:
+        for found in re.findall(r"(?<= )(?:tests/|config/\S+/|config/)?\w+\.py\b", line):
+            assert found in ("A.py", "B.py") or (root / found).is_file(), f"{name}: {line}"
+        for found in re.findall(r"python -m (\w[\w.]*)", line):
+            assert any((root / (found.replace(".", "/") + end)).is_file() for end in (".py", "/__main__.py")), f"{name}: {line}"
+
+
 def test_every_changed_number_of_a_block_is_found(house):
     """Any digit of any block, in the README and in a rung's page: the line names the document and the JSON."""
     for path in (house / "README.md", house / "docs" / "ladder" / "r03_compile.md"):
