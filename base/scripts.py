@@ -1,23 +1,35 @@
-"""Start this project's scripts in processes of their own, and read what they left."""
+"""Start this project's scripts in processes of their own, read what they left, and let none outlive this process."""
 
+import contextlib
+import ctypes
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from base.errors import UserError
 from base.files import ROOT, read_bytes
 
+# looked up here: between fork and exec a child must not load anything
+prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+PATIENCE = 10.0  # seconds from SIGTERM to SIGKILL: a training run saves at the end of its step
+
 
 @dataclass(frozen=True)
 class Finished:
-    """A script that ended as it should."""
+    """A script that has ended."""
 
     stdout: str
     stderr: str
     seconds: float
+    returncode: int = 0  # minus the signal that ended it
 
 
 def command(script: str, *arguments: object, processes: int = 1) -> list[str]:
@@ -29,19 +41,64 @@ def command(script: str, *arguments: object, processes: int = 1) -> list[str]:
 
 def last_words(stderr: str) -> str:
     """The line that says why a script failed: its own error, rather than what torchrun prints about it afterwards."""
-    lines = [line.strip() for line in stderr.splitlines() if line.strip()] or ["no message"]
-    errors = [line for line in lines if "error: " in line or ("Error: " in line and "ChildFailedError" not in line)]
+    lines = [line.strip() for line in stderr.splitlines() if any(c.isalnum() for c in line)] or ["no message"]
+    ours = ("error: ", "Error: ", "Exception: ")
+    errors = [line for line in lines if any(word in line for word in ours) and "ChildFailedError" not in line]
     return (errors or lines)[-1]
 
 
-def run(script: str, *arguments: object, processes: int = 1, env: dict[str, str] | None = None) -> Finished:
-    """Run a script to its end, from the repository's root. UserError with its last words if it fails."""
+def end_with_parent(parent: int, how: int = signal.SIGKILL) -> None:
+    """Let this process end when `parent`, which started it, ends: however it ends, SIGKILL included.
+
+    On Linux the kernel sends the signal, prctl(2). Elsewhere a thread looks every second.
+    """
+    if prctl:
+        PR_SET_PDEATHSIG = 1  # linux/prctl.h
+        prctl(PR_SET_PDEATHSIG, int(how), 0, 0, 0)
+        if os.getppid() != parent:  # it ended before that call
+            os.kill(os.getpid(), how)
+        return
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), how)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextlib.contextmanager
+def started(line: list[str], *, stdout: int | IO = subprocess.PIPE, stderr: int | IO | None = None, env=None) -> Iterator:
+    """A subprocess.Popen with text streams, in the repository's root. It ends when the block does, by SIGTERM and, if that does
+    not help, by SIGKILL. On Linux it gets SIGTERM as well if this process is killed: torchrun passes it on to its own.
+    """
+    parent = os.getpid()
+    before_exec = (lambda: end_with_parent(parent, signal.SIGTERM)) if prctl else None  # no thread may be started there
+    streams = dict(stdout=stdout, stderr=stderr, encoding="utf-8", errors="replace")
+    process = subprocess.Popen(line, cwd=ROOT, env=env, preexec_fn=before_exec, **streams)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        process.wait()
+        for stream in (process.stdout, process.stderr):
+            if stream:
+                stream.close()
+
+
+def run(script: str, *arguments: object, processes: int = 1, env: dict[str, str] | None = None, check: bool = True) -> Finished:
+    """Run a script to its end, from the repository's root. UserError with its last words if it fails (unless check=False)."""
     began = time.perf_counter()
-    line = command(script, *arguments, processes=processes)
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace", env=env)
-    if done.returncode:
-        raise UserError(f"{script} ended with {done.returncode}: {last_words(done.stderr)}")
-    return Finished(done.stdout, done.stderr, time.perf_counter() - began)
+    with started(command(script, *arguments, processes=processes), stderr=subprocess.PIPE, env=env) as process:
+        stdout, stderr = process.communicate()
+    if check and process.returncode:
+        raise UserError(f"{script} ended with {process.returncode}: {last_words(stderr)}")
+    return Finished(stdout, stderr, time.perf_counter() - began, process.returncode)
 
 
 def read_log(run_dir: Path) -> tuple[list[dict], int]:

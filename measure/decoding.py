@@ -1,35 +1,39 @@
-"""How fast a model decodes in each form, beside the floor: its weights, read once per token. `python bench.py decode` asks."""
+"""How fast a model decodes: in each precision, beside the floor, which is its weights read once per token; and with and
+without the KV cache.
+"""
 
 import statistics
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import evaluate
+from base.errors import UserError
 from configurator import Config
 from corpus.shards import open_dataset
 from engine import machine, restore
 from kernels import decode as kernel
+from measure.config import BenchConfig
+from measure.results import header
 from model import GPT
 from sample import generate
 from variants import quantize
 
-if TYPE_CHECKING:
-    from bench import BenchConfig
 
-
-def tokens_per_s(net: Callable, prompt: list[int], B: int, count: int) -> float:
-    """Of generate(), greedily, for B sequences, after the first token: that one reads the prompt."""
-    times, began = [], time.perf_counter()
-    for _ in generate(net, prompt, count, num_samples=B, temperature=0):
+def timed_generate(net: Callable, prompt: list[int], B: int, count: int, **how: Any) -> tuple[float, list[Tensor]]:
+    """(tokens/s of generate(), greedily, for B sequences, the tokens). The first is not timed: it reads the prompt."""
+    times, tokens, began = [], [], time.perf_counter()
+    for token in generate(net, prompt, count, num_samples=B, temperature=0, **how):
+        tokens.append(token)
         times.append(time.perf_counter() - began)
         began = time.perf_counter()
-    return B * (count - 1) / sum(times[1:])
+    return B * (count - 1) / sum(times[1:]), tokens
 
 
 def transformers_tokens_per_s(net: Any, prompt: list[int], B: int, count: int) -> float:
@@ -43,8 +47,8 @@ def transformers_tokens_per_s(net: Any, prompt: list[int], B: int, count: int) -
     return B * (count - 1) / (seconds[1] - seconds[0])
 
 
-def validate(where: str, forms: dict[str, GPT], sizes: "BenchConfig", device: torch.device) -> dict[str, dict]:
-    """{form: evaluate.validation()} of a run of ours, on what it validated on while it learned; {} for another model."""
+def validation_losses(where: str, forms: dict[str, GPT], sizes: BenchConfig, device: torch.device) -> dict[str, dict]:
+    """{form: evaluate.validation()} of a run of ours, on what it validated on while it trained; {} for another model."""
     run, chosen = evaluate.run_folder(where)
     if not run:
         return {}
@@ -55,56 +59,96 @@ def validate(where: str, forms: dict[str, GPT], sizes: "BenchConfig", device: to
     return {f: evaluate.validation(model, split, text.tokenizer, device=device, **how) for f, model in forms.items()}
 
 
-def measure(where: str, sizes: "BenchConfig", device: torch.device) -> dict:
-    """Tokens/s of a model (none: GPT-2 124M with random weights) in each form, one sequence or many, interleaved; the bytes
-    that a token reads; the rate of a copy, taken before and after each measurement.
-    """
-    batches = (1, 64) if device.type == "cuda" else (1,)
-    forms: dict[str, GPT] = {}
+def load_forms(where: str, n_layer: int, device: torch.device) -> dict[str, GPT]:
+    """{"float32": a model, "bfloat16": …, "int8": …, "int4": …}; without a place GPT-2's shape with random weights."""
+    forms = {}
     for form in ("float32", "bfloat16", *quantize.FORMS):
         torch.manual_seed(0)
-        model = restore.load_model(where, print)[0] if where else GPT(Config(n_layer=sizes.n_layer, vocab_multiple=128))
+        model = restore.load_model(where, print)[0] if where else GPT(Config(n_layer=n_layer, vocab_multiple=128))
         model = model.to(device, torch.float32 if form == "float32" else torch.bfloat16).eval()
         forms[form] = quantize.convert(model, form) if form in quantize.FORMS else model
-    room = next(iter(forms.values())).cfg.block_size  # the window must not move while the clock runs
-    prompt, count = list(range(min(64, room // 4))), 8 if sizes.quick else min(48, room // 2)
-    ways: dict[str, tuple[str, Callable]] = {}  # name -> (form, tokens/s of a batch)
+    return forms
+
+
+def ways_to_decode(
+    forms: dict[str, GPT], prompt: list[int], count: int, transformers_layers: int
+) -> dict[str, tuple[str, Callable[[int], float]]]:
+    """{name: (form, batch size -> tokens/s)} of each form with PyTorch, with the kernel where it takes it, and of transformers'
+    GPT-2 of so many layers (0: not)."""
+    ways: dict[str, tuple[str, Callable[[int], float]]] = {}
     for form, model in forms.items():
         fast = kernel.wrap(model)
-        ways[f"{form}, PyTorch"] = form, lambda B, net=model: tokens_per_s(net, prompt, B, count)
+        ways[f"{form}, PyTorch"] = form, lambda B, net=model: timed_generate(net, prompt, B, count)[0]
         if fast is not model:
-            ways[f"{form}, kernels/decode.c"] = form, lambda B, net=fast: tokens_per_s(net, prompt, B, count)
-    if not where and find_spec("transformers"):
+            ways[f"{form}, kernels/decode.c"] = form, lambda B, net=fast: timed_generate(net, prompt, B, count)[0]
+    if transformers_layers and find_spec("transformers"):
         import transformers
 
-        shape = transformers.GPT2Config(n_layer=sizes.n_layer)
+        device = next(forms["bfloat16"].parameters()).device
+        shape = transformers.GPT2Config(n_layer=transformers_layers)
         other = transformers.GPT2LMHeadModel(shape).to(device, torch.bfloat16).eval()
         ways["bfloat16, transformers"] = "bfloat16", lambda B: transformers_tokens_per_s(other, prompt, B, count)
+    return ways
 
-    read = {form: quantize.bytes_per_token(model) for form, model in forms.items()}
-    entries = [
-        {"name": name, "form": form, "batch": B, "bytes_per_token": read[form], "tokens_per_s": [], "copy_bytes_per_s": []}
-        for B in batches
-        for name, (form, _) in ways.items()
-    ]
+
+def copier(device: torch.device) -> Callable[[], float]:
+    """A function that measures bytes per second, read and written, as the median of nine copies: memory that others use too
+    is not always as fast."""
     big = torch.randn(2**28 if device.type == "cuda" else 2**25, device=device)
     there = torch.empty_like(big)
 
-    def copy_rate() -> float:
-        """Bytes per second, read and written, the median of nine copies: memory that others use too is not always as fast."""
+    def rate() -> float:
         seconds = [machine.best_seconds(device, lambda: there.copy_(big), 1) for _ in range(9)]
         return 2 * big.nbytes / statistics.median(seconds)
 
+    return rate
+
+
+def decode(paths: list[str], asked: BenchConfig, device: torch.device) -> dict:
+    """Tokens/s of a model (none: GPT-2 124M with random weights) in each form, one sequence or many, interleaved; the bytes
+    that a token reads; the rate of a copy, taken before and after each measurement.
+    """
+    if len(paths) > 1:
+        raise UserError(f"{paths[1]!r} is one argument too many: run python bench.py decode [out/run]")
+    sizes, where = asked.by_device(device.type), "".join(paths)
+    forms = load_forms(where, sizes.n_layer, device)
+    positions = forms["float32"].cfg.block_size  # the window must not move while the clock runs
+    prompt, count = list(range(min(64, positions // 4))), 8 if sizes.quick else min(48, positions // 2)
+    ways = ways_to_decode(forms, prompt, count, 0 if where else sizes.n_layer)
+    read = {form: quantize.bytes_per_token(model) for form, model in forms.items()}
+    entries = [
+        {"name": name, "form": form, "batch": B, "bytes_per_token": read[form], "tokens_per_s": [], "copy_bytes_per_s": []}
+        for B in ((1, 64) if device.type == "cuda" else (1,))
+        for name, (form, _) in ways.items()
+    ]
+    copy_rate = copier(device)
     for number in tqdm(range(1 + sizes.rounds), desc="decode", disable=None):
         for entry in entries:
             before, speed = copy_rate(), ways[entry["name"]][1](entry["batch"])
             if number:  # the first round warms up
                 entry["tokens_per_s"].append(speed)
                 entry["copy_bytes_per_s"].append((before + copy_rate()) / 2)
-    return {
+    return header("decode", sizes) | {
         "model": where or f"GPT-2's shape with {sizes.n_layer} layers, random weights",
         "prompt_tokens": len(prompt),
         "new_tokens": count,
         "ways": entries,
-        "validation": validate(where, forms, sizes, device) if where else {},
+        "validation": validation_losses(where, forms, sizes, device) if where else {},
     }
+
+
+def sampling(sizes: BenchConfig, device: torch.device) -> dict:
+    """Decode 124M with random weights, cached and uncached in turn: a token's cost does not depend on the weights."""
+    torch.manual_seed(0)
+    model = GPT(Config(n_layer=sizes.n_layer)).to(device).eval()
+    prompt, count = list(range(64)), 8 if sizes.quick else 48
+    speeds: dict[str, list[float]] = {"cached": [], "uncached": []}
+    tokens: dict[str, list[int]] = {}
+    for number in tqdm(range(1 + sizes.rounds), desc="sampling", disable=None):
+        for how in speeds:
+            speed, found = timed_generate(model, prompt, 1, count, kv_cache=how == "cached")
+            tokens[how] = [token.item() for token in found]
+            if number:  # the first round warms up
+                speeds[how].append(speed)
+    same = tokens["cached"] == tokens["uncached"]
+    return header("sampling", sizes) | {"prompt_tokens": 64, "new_tokens": count, "tokens_per_s": speeds, "same_tokens": same}

@@ -1,16 +1,14 @@
-"""Prove that the toggles of the ladder change the speed and nothing else: python bench.py verify
+"""Prove that the settings of the ladder change the speed and nothing else: python bench.py verify
 
 Each is switched on alone, on top of plain float32, and in the order of the ladder, on top of all before it. Then the real
 train.train_step takes one step, and its logits, loss, gradient norm, gradients and update are compared with a float64
-reference that shares no line with model.py or optim.py: a wrong line in them would else be in both. Before that, equalities:
-accumulated = whole, two processes = one, padded = unpadded, cached = uncached, import -> export = identity.
+reference that shares no line with model.py or optim.py: otherwise a wrong line in them would be in both. Before that,
+equalities: accumulated = whole, two processes = one, padded = unpadded, cached = uncached, import -> export = identity.
 """
 
 import json
 import math
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -21,19 +19,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import configurator
 import sample
 import train
-from base import errors
-from base.errors import UserError
+from base import scripts
+from base.errors import UserError, entry
 from configurator import Config
-from engine import machine, pretrained
+from engine import pretrained
 from engine.effective import effective, mismatches
 from engine.outliers import TrainingStopped
 from engine.run import Run, build
+from measure.config import BenchConfig
+from measure.fresh import in_fresh_process
+from measure.ladder import load_ladder, unavailable
+from measure.results import header
 from model import GPT, KVCache
 
-LADDER = Path(__file__).parent / "config" / "ladder"
 # Correct, but no rungs: a second way to compile, and the precision of GPUs without bfloat16.
 BESIDE_THE_LADDER = [{"compile": True, "compile_scope": "block"}, {"dtype": "float16"}]
 
@@ -140,13 +140,13 @@ def reference_logits(W: dict[str, Tensor], cfg: Config, idx: Tensor) -> Tensor:
     return norm(x, "transformer.ln_f") @ W.get("lm_head.weight", W["transformer.wte.weight"]).T
 
 
-MOMENT_STEPS = 10  # optimizer steps that lie behind the moments of started_moments()
+MOMENT_STEPS = 10  # optimizer steps that the moments stand for
 
 
 def reference_step(cfg: Config) -> tuple[Found, dict[str, float]]:
     """(one optimizer step in float64 on the CPU, the mean square of each parameter's clipped gradient).
 
-    Those mean squares are the second moments that the step starts from, here and in measure(), as if ten steps with such
+    Those mean squares are the second moments that the step starts from, here and in take_steps(), as if ten steps with such
     gradients and no common direction lay behind. From zero moments AdamW's first step is lr·sign(gradient), in which the
     rounding of a gradient near 0 decides over a full step: its error would be the square root of the gradient's. From
     here the update is smooth in the gradient, and as well-conditioned as it.
@@ -184,7 +184,7 @@ def whole_step(run: Run) -> list[Tensor]:
     return run.batches.batch(0, 0, run.cfg.tokens_per_step // run.cfg.T, 1, 0, 1)
 
 
-def measure(cfg: Config, mean_squares: dict[str, float], steps: int = 1) -> Found:
+def take_steps(cfg: Config, mean_squares: dict[str, float], steps: int = 1) -> Found:
     """Build a run and let train.train_step take its first step (or steps: the loss, norm and gradients are the last one's)."""
     run = build(cfg)
     fill(run.model)
@@ -221,25 +221,23 @@ def measure(cfg: Config, mean_squares: dict[str, float], steps: int = 1) -> Foun
     return Found(one(logits), one(result.loss), one(result.grad_norm), gradients, update, wrong)
 
 
-def measure_in_two_processes(cfg: Config, mean_squares: dict[str, float], steps: int = 1) -> Found:
-    """measure() under torchrun: what the first process found. RuntimeError if it ends badly."""
+def steps_in_two_processes(cfg: Config, mean_squares: dict[str, float], steps: int = 1) -> Found:
+    """take_steps() under torchrun: what the first process found. RuntimeError if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         job, result = Path(folder, "job.json"), Path(folder, "result.pt")
-        job.write_text(json.dumps([asdict(cfg), mean_squares, steps]), encoding="utf-8")
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        done = subprocess.run(
-            [*torchrun, __file__, "worker", job, result], capture_output=True, encoding="utf-8", errors="replace"
-        )
-        if done.returncode:
-            said = [line for line in done.stderr.splitlines() if "rror: " in line] or ["no message"]
-            raise RuntimeError(f"processes ended with {done.returncode}: {said[0]}")
+        job.write_text(json.dumps([os.getcwd(), asdict(cfg), mean_squares, steps]), encoding="utf-8")
+        done = scripts.run("-m measure.verify", job, result, processes=2, check=False)
+        if done.returncode:  # no UserError: that would count as "this machine cannot"
+            raise RuntimeError(f"the processes ended with {done.returncode}: {scripts.last_words(done.stderr)}")
         return Found(**torch.load(result, weights_only=True))
 
 
-def worker(job: str, result: str) -> None:
+def main(argv: list[str]) -> None:
     """The whole life of such a process."""
-    cfg, mean_squares, steps = json.loads(Path(job).read_text(encoding="utf-8"))
-    found = measure(Config(**cfg), mean_squares, steps)
+    job, result = argv
+    folder, cfg, mean_squares, steps = json.loads(Path(job).read_text(encoding="utf-8"))
+    os.chdir(folder)
+    found = take_steps(Config(**cfg), mean_squares, steps)
     if int(os.environ["RANK"]) == 0:
         torch.save(vars(found), result)
 
@@ -249,7 +247,7 @@ def worker(job: str, result: str) -> None:
 
 def base_config(data_dir: str, device: torch.device, small: bool) -> Config:
     """The ladder's first rung, at a size for verifying."""
-    cfg = configurator.load_file(str(sorted(LADDER.glob("r00*.py"))[0]))
+    cfg = load_ladder()[0].cfg
     if small:
         size = dict(n_layer=2, n_head=2, n_embd=64, block_size=32)
     elif device.type == "cuda":
@@ -272,34 +270,13 @@ def base_config(data_dir: str, device: torch.device, small: bool) -> Config:
 
 def rungs() -> list[dict[str, Any]]:
     """{field: value} that each rung of the ladder changes."""
-    seen, changes = [], []
-    for path in sorted(LADDER.glob("r[0-9][0-9]*.py")):
-        cfg = configurator.load_file(str(path))
-        changed = (configurator.diff(before, cfg) for before in reversed(seen))
-        changes += [{name: new for name, (_, new) in next(d for d in changed if len(d) == 1).items()}] if seen else []
-        seen.append(cfg)
-    return changes
-
-
-def cannot_be_had(cfg: Config, device: torch.device) -> str | None:
-    """Why this machine cannot run a config, or None. What it could run but does not, measure() finds: that is no excuse."""
-    if reason := machine.not_available(cfg, device):
-        return reason
-    machine.set_fp32_precision(cfg.fp32_precision, device)
-    found = machine.fp32_precision_measured(device)  # hardware without that precision computes exactly, and says nothing
-    machine.set_fp32_precision("ieee", device)
-    if found != cfg.fp32_precision:
-        return f"fp32_precision={cfg.fp32_precision} does nothing here: float32 matmuls run as {found}"
-    devices = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device.type, math.inf)
-    if cfg.processes > devices:
-        return f"it needs {cfg.processes} GPUs, there is {devices}"
-    return None
+    return [{field: value for field, (_, value) in rung.changes.items()} for rung in load_ladder()[1:]]
 
 
 def plan(base: Config, device: torch.device, small: bool) -> dict[Config, str]:
-    """{config: name} of every toggle alone and of the ladder's rungs, each on top of those before it that can be had here.
+    """{config: name} of every toggle alone and of the ladder's rungs, each on top of those before it that are available here.
 
-    Those that keep freed memory come last: it cannot be undone.
+    Those that reuse freed memory come last: it cannot be undone.
     """
 
     def named(change: dict[str, Any]) -> str:
@@ -315,7 +292,7 @@ def plan(base: Config, device: torch.device, small: bool) -> dict[Config, str]:
             change |= {"compile_scope": "block"}
         cfg = replace(current, **change)
         rows.setdefault(cfg, f"ladder: + {named(change)}")
-        current = current if cannot_be_had(cfg, device) else cfg
+        current = current if unavailable(cfg, device) else cfg
     return dict(sorted(rows.items(), key=lambda item: item[0].reuse_memory))
 
 
@@ -364,11 +341,11 @@ def exported_as_imported(base: Config) -> Outcome:
     return {}, wrong
 
 
-# ---- the command -------------------------------------------------------------------------------------------------------
+# ---- all checks ----------------------------------------------------------------------------------------------------------
 
 
 def row(check: str, against: str, limit: float, outcome: Callable[[], Outcome]) -> dict:
-    """One row of the result. What the user's machine refuses is skipped; whatever else is not as it should be has failed."""
+    """One row of the result. What this machine cannot run is skipped; whatever else is not as it should be has failed."""
     errors, status = {}, "passed"
     try:
         errors, wrong = outcome()
@@ -393,15 +370,15 @@ def verify(data_dir: str, device: torch.device, small: bool) -> dict:
     expected, mean_squares = reference_step(base)
 
     def take(cfg: Config, steps: int = 1) -> Found:
-        if reason := cannot_be_had(cfg, torch.device(cfg.device)):
+        if reason := unavailable(cfg, torch.device(cfg.device)):
             raise UserError(reason)
-        return (measure_in_two_processes if cfg.processes > 1 else measure)(cfg, mean_squares, steps)
+        return (steps_in_two_processes if cfg.processes > 1 else take_steps)(cfg, mean_squares, steps)
 
     whole = replace(base, batch_size=base.tokens_per_step // base.T)
     split = replace(base, batch_size=1)
     padded = replace(base, vocab_multiple=128)
     # one GPU cannot hold two processes of nccl; gloo's on the CPU run the same lines
-    alone = base if not cannot_be_had(replace(base, processes=2), device) else replace(base, device="cpu")
+    alone = replace(base, device="cpu") if unavailable(replace(base, processes=2), device) else base
     exact = TOLERANCE["ieee"]
     checks: list[tuple[str, str, float, Callable[[], Outcome]]] = [
         ("accumulated micro-batches of 1", "one batch", exact, lambda: compare(take(split), take(whole))),
@@ -422,26 +399,14 @@ def verify(data_dir: str, device: torch.device, small: bool) -> dict:
     return {"rows": rows, "passed": not any(r["status"].startswith("FAILED") for r in rows)}
 
 
-def table_rows(result: dict) -> tuple[list[str], list[list[str]]]:
-    """verify()'s rows as text: (column heads, lines)."""
-
-    def number(e: float | None) -> str:
-        return "not finite" if e is None else f"{e:.1e}"
-
-    lines = [
-        [r["check"], r["against"], number(r["tolerance"])]
-        + [number(r["errors"][kind]) if kind in r["errors"] else "" for kind in KINDS]
-        + [r["status"]]
-        for r in result["rows"]
-    ]
-    return ["check", "against", "tolerance", *KINDS, "status"], lines
-
-
-def main(argv: list[str]) -> None:
-    if argv[:1] != ["worker"]:
-        raise UserError("type python bench.py verify")
-    worker(*argv[1:])
+def command(sizes: BenchConfig, device: torch.device) -> dict:
+    """python bench.py verify: every setting against float64; of a small model with --quick."""
+    cfg = Config(device=device.type, data_dir=sizes.data_dir)
+    result = in_fresh_process(cfg, "verify", small=sizes.quick)
+    if "error" in result:
+        raise UserError(result["error"])
+    return header("verify", sizes) | result
 
 
 if __name__ == "__main__":
-    errors.entry(main)
+    entry(main)

@@ -1,4 +1,4 @@
-"""Where one training step goes: each part's time beside the least time it can take here, and the setting to try next.
+"""Where the time of one training step goes: each part beside the least time it can take here, and the setting to try next.
 
 One step of train.train_step is profiled and written as a Chrome trace (open it in https://ui.perfetto.dev); the table is
 computed from that file alone. Every moment of the step belongs to exactly one part: on a CPU to the innermost operation that
@@ -7,6 +7,7 @@ its operations over the matmul rate measured on this machine, or its bytes over 
 """
 
 import contextlib
+import itertools
 import json
 import re
 import resource
@@ -14,13 +15,13 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
+import configurator
 import optim
 import train
 from base.errors import UserError
@@ -28,8 +29,13 @@ from configurator import Config
 from engine import machine, parallel
 from engine.effective import effective, mismatches
 from engine.run import Run, build
+from measure.config import BenchConfig
+from measure.fresh import in_fresh_process
+from measure.ladder import climb, load_ladder, top_rung, unavailable
+from measure.results import header
 from model import ATTENTION as ATTENTION_FORMS
 from model import GPT
+from report.results import gemm_rate
 
 GEMM, ATTENTION, CROSS_ENTROPY, ELEMENTWISE = "GEMM", "attention", "cross-entropy", "norms and elementwise"
 OPTIMIZER, DATA, COMMUNICATION, GAPS, OTHER = "optimizer", "data wait", "communication", "launch gaps", "other"
@@ -211,15 +217,6 @@ class Floor:
     seconds: float = 0.0
 
 
-def gemm_rate(cfg: Config, ceilings: dict) -> float:
-    """FLOP/s of large matmuls in the precision that cfg multiplies in."""
-    if cfg.dtype == "float32" and cfg.fp32_precision == "ieee":
-        return ceilings["gemm_float32_flops"]
-    # TF32 runs at half the 16-bit rate on every NVIDIA GPU that has both (data sheets of A100, H100, H200)
-    half = cfg.dtype == "float32" and cfg.fp32_precision == "tf32"
-    return ceilings["gemm_bfloat16_flops"] / (2 if half else 1)
-
-
 def floors(cfg: Config, ceilings: dict, processes: int = 1) -> dict[str, Floor]:
     """The floor of each part for one step of one of `processes` equal processes.
 
@@ -233,7 +230,9 @@ def floors(cfg: Config, ceilings: dict, processes: int = 1) -> dict[str, Floor]:
     N = n * accumulation  # tokens in the step
     e = 4 if cfg.dtype == "float32" else 2  # bytes of a number that a matmul reads or writes; the residual stream has 4
     sharing = processes if cfg.device == "cpu" else 1  # of the cores and the memory; each process has a GPU of its own
-    rate, copy = gemm_rate(cfg, ceilings) / sharing, ceilings["copy_bytes_per_s"] / sharing
+    # where the rate in this precision was not measured, as in float32
+    rate = gemm_rate(cfg.dtype, cfg.fp32_precision, ceilings) or ceilings["gemm_float32_flops"]
+    rate, copy = rate / sharing, ceilings["copy_bytes_per_s"] / sharing
     with torch.device("meta"):
         P = sum(p.numel() for p in GPT(cfg).parameters())  # with the padding rows: they are updated as well
     matrices = [(C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)] * L + [(C, cfg.padded_vocab_size)]
@@ -272,9 +271,6 @@ def floors(cfg: Config, ceilings: dict, processes: int = 1) -> dict[str, Floor]:
 
 # ---- what to try next ---------------------------------------------------------------------------------------------------
 
-# How near its floor a part comes when it is fused: a guess that measurements on a CPU and others' on GPUs bear out roughly.
-FUSED = 2.0
-
 
 def head_seconds(cfg: Config, device: torch.device, n: int) -> float:
     """What the output head's three matmuls take for n tokens, tried now."""
@@ -293,20 +289,22 @@ def attention_seconds(cfg: Config, device: torch.device, micro_batch: int) -> fl
 
 
 def advise(run: Run, ms: dict[str, float], ceilings: dict, kernel_ms: float) -> list[dict]:
-    """Settings that are off and can be had here, with a prediction of the milliseconds each saves, the largest first.
+    """Settings that are off and available here, with a prediction of the milliseconds each saves, the largest first.
 
-    A setting that moves the floor leaves each part as far above it as it is (times new floor / old floor). A setting that
-    fuses takes a part down to FUSED times its floor, or to what a trial of it takes now. The predictions overlap: they do
-    not add up. kernel_ms: how long the operating system's kernel worked for the process in a step.
+    A prediction is measured (a trial of it now, a wait that it hides) or follows from the floors: a setting that moves a floor
+    leaves the part as far above it as it is (times new floor / old floor), and one that fuses operations saves at most what
+    lies above the floor. Predictions overlap: they do not add up. kernel_ms: how long the operating system's kernel worked for
+    the process in a step.
     """
     cfg, device = run.cfg, run.device
     at = floors(cfg, ceilings, run.world.size)
-    copy_ms = 1e3 / ceilings["copy_bytes_per_s"]
     found = []
 
     def offer(setting: str, value, saves: Callable[[Config], float], why: str) -> None:
         new = replace(cfg, **{setting: value})
-        if new != cfg and machine.not_available(new, device) is None and (saved := saves(new)) > 0:
+        if new == cfg or unavailable(new, device):
+            return
+        if (saved := saves(new)) > 0:
             found.append({"setting": f"{setting}={value}", "saves_ms": saved, "why": why})
 
     def moved(*parts: str) -> Callable[[Config], float]:
@@ -316,36 +314,28 @@ def advise(run: Run, ms: dict[str, float], ceilings: dict, kernel_ms: float) -> 
 
         return saves
 
-    def added(part: str) -> Callable[[Config], float]:
-        return lambda new: 1e3 * (floors(new, ceilings, run.world.size)[part].seconds - at[part].seconds)
+    def casts(new: Config) -> float:
+        return 1e3 * (floors(new, ceilings, run.world.size)[ELEMENTWISE].seconds - at[ELEMENTWISE].seconds)
 
-    def fused(*parts: str) -> Callable[[Config], float]:
-        return lambda _: sum(max(0.0, ms[p] - FUSED * 1e3 * at[p].seconds) for p in parts)
+    def above_floor(*parts: str) -> Callable[[Config], float]:
+        return lambda _: sum(max(0.0, ms[p] - 1e3 * at[p].seconds) for p in parts)
 
-    best = machine.best_dtype(device)
-    if cfg.dtype == "float32" and best != "float32":
-        rounded = {"cuda": "tf32", "cpu": "bf16"}.get(device.type, "ieee")
-        why = "matmuls at the rate measured for 16 bits, logits of half the bytes; casts of the weights come on top"
-        offer("dtype", best, lambda new: moved(GEMM, ATTENTION, CROSS_ENTROPY)(new) - added(ELEMENTWISE)(new), why)
+    if cfg.dtype == "float32":
+        why = "matmuls at the rate measured for 16 bits, logits of half the bytes, casts of the weights on top"
+        offer("dtype", machine.best_dtype(device), lambda new: moved(GEMM, ATTENTION, CROSS_ENTROPY)(new) - casts(new), why)
+    if cfg.dtype == "float32" and cfg.fp32_precision == "ieee":
         # tensor cores round what they read; a CPU rewrites both matrices in 16 bits (read 4, write 2) before each matmul
-        rewriting = 2 * (4 + 2) / (3 * 4) * at[GEMM].bytes * copy_ms if device.type == "cpu" else 0.0
+        rewriting = 2 * (4 + 2) / (3 * 4) * at[GEMM].bytes / ceilings["copy_bytes_per_s"] if device.type == "cpu" else 0.0
+        rounded = {"cuda": "tf32", "cpu": "bf16"}.get(device.type, "ieee")
         why = "the same tensors, multiplied at the rate of fewer bits"
-        if cfg.fp32_precision == "ieee":
-            offer("fp32_precision", rounded, lambda new: moved(GEMM)(new) - rewriting, why)
-    offer("compile", True, fused(ELEMENTWISE, CROSS_ENTROPY), f"norms, elementwise and loss fused to {FUSED:g} × their floor")
-    tries = 1e3 * cfg.n_layer * run.accumulation
+        offer("fp32_precision", rounded, lambda new: moved(GEMM)(new) - 1e3 * rewriting, why)
+    offer("compile", True, above_floor(ELEMENTWISE, CROSS_ENTROPY), "norms, elementwise and loss fused: at most to their floor")
+    offer("fused_adamw", True, above_floor(OPTIMIZER), "one pass over parameters, gradients and moments: at most to its floor")
     offer(
         "attention",
         "sdpa",
-        lambda new: ms[ATTENTION] - tries * attention_seconds(new, device, run.micro_batch),
+        lambda new: ms[ATTENTION] - 1e3 * cfg.n_layer * run.accumulation * attention_seconds(new, device, run.micro_batch),
         "the T x T scores stay in cache: one layer of it was tried now",
-    )
-    offer(
-        "fused_adamw",
-        True,
-        # clipping stays as it is: it reads the gradients, then reads and writes them once more
-        lambda _: ms[OPTIMIZER] - 1e3 * at[OPTIMIZER].seconds - 8 / 32 * 1e3 * at[OPTIMIZER].seconds,
-        "one pass over parameters, gradients and moments: the optimizer at its floor, and clipping's second pass",
     )
     offer(
         "reuse_memory",
@@ -362,14 +352,6 @@ def advise(run: Run, ms: dict[str, float], ceilings: dict, kernel_ms: float) -> 
             "the head's matmuls at both widths, tried now",
         )
     offer("prefetch", True, lambda _: ms[DATA], "the data wait disappears behind the computation")
-    if run.accumulation > 1 and run.accumulation % 2 == 0:
-        weights = 12 * sum(p.numel() for p in run.model.parameters()) * run.accumulation
-        offer(
-            "batch_size",
-            2 * run.micro_batch,
-            lambda _: 0.5 * (ms[GAPS] + copy_ms * weights),
-            "half as many launches and additions of gradients, if there is memory for it",
-        )
     return sorted(found, key=lambda a: -a["saves_ms"])
 
 
@@ -382,8 +364,8 @@ def named_scopes(run: Run):
     places = [
         (run, "next_batch", DATA),
         (optim, "gradient_norm", OPTIMIZER),
-        (nn.utils, "clip_grads_with_norm_", OPTIMIZER),
-        (parallel, "sum_over_ranks", COMMUNICATION),
+        (optim, "clip", OPTIMIZER),
+        (parallel, "all_reduce_sum", COMMUNICATION),
     ]
     before = [getattr(owner, name) for owner, name, _ in places]
     for (owner, name, part), function in zip(places, before, strict=True):
@@ -395,73 +377,102 @@ def named_scopes(run: Run):
             setattr(owner, name, function)
 
 
+@dataclass(frozen=True)
+class Profile:
+    """What ordinary steps and one profiled step of a run showed."""
+
+    step_ms: float  # the median of the ordinary ones
+    page_faults: float  # in an ordinary step
+    kernel_ms: float  # the operating system's work in it
+    trace: Path
+
+
+def profile_step(run: Run, trace_path: Path, warmup: int, timed: int) -> Profile:
+    """`warmup` steps, `timed` ordinary ones, and one under the profiler. The first process writes its trace to trace_path."""
+    on_gpu, done = run.device.type == "cuda", itertools.count()
+
+    def one_step() -> float:
+        began = time.perf_counter()
+        train.train_step(run, next(done))
+        machine.synchronize(run.device)
+        return time.perf_counter() - began
+
+    for _ in range(warmup):
+        one_step()
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    step_ms = 1e3 * statistics.median(one_step() for _ in range(timed))
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    faults, kernel_ms = (after.ru_minflt - before.ru_minflt) / timed, 1e3 * (after.ru_stime - before.ru_stime) / timed
+
+    path = trace_path if run.world.is_main else Path(f"{trace_path}.rank{run.world.rank}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        named_scopes(run),
+        profile(  # the first profiled step pays for starting the profiler: it is thrown away
+            activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu,
+            schedule=schedule(wait=0, warmup=1, active=1, repeat=1),
+            on_trace_ready=lambda p: p.export_chrome_trace(str(path)),
+            record_shapes=True,
+        ) as profiler,
+    ):
+        for _ in range(2):
+            with record_function(STEP):
+                one_step()
+            profiler.step()
+    return Profile(step_ms, faults, kernel_ms, path)
+
+
 def why(cfg: Config, ceilings: dict, trace_path: Path, warmup: int = 3, timed: int = 5) -> dict:
     """Profile one step of cfg after `warmup` and `timed` ordinary ones; write its trace; the table and advice as JSON values.
 
-    ceilings: bench.ceilings(cfg). Times in milliseconds; those of the parts are the profiled step's, scaled to the median
+    ceilings: timing.ceilings(cfg). Times in milliseconds; those of the parts are the profiled step's, scaled to the median
     of the ordinary ones. In a run of several processes each accounts for its own step, and the first one writes the trace.
     """
     # Compiled C++ kernels appear in a profile by their names only if they were generated for it; it costs nothing otherwise
     with torch._inductor.config.patch({"cpp.enable_kernel_profile": True}):
         run = build(cfg)
         if run.device.type == "mps":
-            raise UserError("torch's profiler cannot see into mps: type --device=cpu")
-        on_gpu = run.device.type == "cuda"
-        done = 0
-
-        def one_step() -> float:
-            nonlocal done
-            began = time.perf_counter()
-            train.train_step(run, done)
-            if on_gpu:
-                torch.cuda.synchronize()
-            done += 1
-            return time.perf_counter() - began
-
-        for _ in range(warmup):
-            one_step()
-        before = resource.getrusage(resource.RUSAGE_SELF)
-        step_ms = 1e3 * statistics.median(one_step() for _ in range(timed))
-        after = resource.getrusage(resource.RUSAGE_SELF)
-        faults, kernel_ms = (after.ru_minflt - before.ru_minflt) / timed, 1e3 * (after.ru_stime - before.ru_stime) / timed
-
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
-        path = Path(trace_path) if run.world.is_main else Path(f"{trace_path}.rank{run.world.rank}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            named_scopes(run),
-            profile(  # the first profiled step pays for starting the profiler: it is thrown away
-                activities=activities,
-                schedule=schedule(wait=0, warmup=1, active=1, repeat=1),
-                on_trace_ready=lambda p: p.export_chrome_trace(str(path)),
-                record_shapes=True,
-            ) as profiler,
-        ):
-            for _ in range(2):
-                with record_function(STEP):
-                    one_step()
-                profiler.step()
-
+            raise UserError("torch's profiler does not record mps: use --device=cpu")
+        seen = profile_step(run, trace_path, warmup, timed)
     if wrong := mismatches(run, effective(run)):
-        raise UserError("; ".join(wrong))  # a table of something else than what was asked for
-    trace = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    total_us, parts_us, top = attribute(trace, run.cfg, on_gpu)
-    ms = {part: us / total_us * step_ms for part, us in parts_us.items()}
+        raise UserError("; ".join(wrong))  # the table would be of something else than what was asked for
+    trace = json.loads(seen.trace.read_text(encoding="utf-8"))["traceEvents"]
+    total_us, parts_us, top = attribute(trace, run.cfg, run.device.type == "cuda")
+    ms = {part: us / total_us * seen.step_ms for part, us in parts_us.items()}
     least = floors(run.cfg, ceilings, run.world.size)
     shares = [
-        {"part": p, "ms": ms[p], "share": ms[p] / step_ms, "floor_ms": 1e3 * f.seconds, "flops": f.flops, "bytes": f.bytes}
+        {"part": p, "ms": ms[p], "share": ms[p] / seen.step_ms, "floor_ms": 1e3 * f.seconds, "flops": f.flops, "bytes": f.bytes}
         for p, f in least.items()
     ]
     result = {
-        "step_ms": step_ms,
+        "step_ms": seen.step_ms,
         "profiled_ms": total_us / 1e3,
         "floor_ms": sum(s["floor_ms"] for s in shares),
         "shares": shares,
-        "advice": advise(run, ms, ceilings, kernel_ms),
-        "page_faults": faults,
-        "kernel_ms": kernel_ms,
-        "top_events": [[name, us / total_us * step_ms, part] for name, us, part in top[:15]],
-        "trace": str(path),
+        "advice": advise(run, ms, ceilings, seen.kernel_ms),
+        "page_faults": seen.page_faults,
+        "kernel_ms": seen.kernel_ms,
+        "top_events": [[name, us / total_us * seen.step_ms, part] for name, us, part in top[:15]],
+        "trace": str(seen.trace),
     }
     run.close()
     return result
+
+
+def command(paths: list[str], asked: BenchConfig, device: torch.device) -> dict:
+    """python bench.py why: a config as it is, or the top rung at the ladder's sizes."""
+    if len(paths) > 1:
+        raise UserError(f"{paths[1]!r} is one argument too many: run python bench.py why [config.py]")
+    sizes = asked.by_device(device.type)
+    if paths:
+        name, cfg = paths[0], replace(configurator.load_file(paths[0]), **asked.given())
+    else:
+        top = top_rung(*climb(load_ladder(), sizes, device))
+        name, cfg = top.name, top.cfg
+    trace = Path("out", f"why_{Path(name).stem}.trace.json")  # relative: where it lies on this machine does not matter
+    rates = in_fresh_process(cfg, "ceilings")
+    result = in_fresh_process(cfg, "why", ceilings=rates, trace=str(trace))
+    if error := rates.get("error") or result.get("error"):
+        raise UserError(f"{name}: {error}")
+    print(f"wrote {trace} (open it in chrome://tracing or ui.perfetto.dev)")
+    return header("why", sizes) | {"config": name, "requested": asdict(cfg), "ceilings": rates} | result

@@ -1,4 +1,4 @@
-"""decoding.py: what is measured, on real models, and what its table says of it."""
+"""measure/decoding.py: what is measured, on real models."""
 
 import json
 
@@ -7,22 +7,20 @@ import torch
 
 import bench
 import train
-from bench import BenchConfig
 from configurator import Config
 from engine import restore
 from kernels import decode
 from measure import decoding
-from model import GPT
-from report.kinds import as_text
-from report.kinds_speed import decode_table
+from measure.config import BenchConfig
+from report import kinds
 from variants import quantize
 
 CPU = torch.device("cpu")
 KERNEL = not isinstance(decode.build(), str)
 
 
-def test_the_command_measures_every_form(tmp_path, monkeypatch, capsys, root):
-    monkeypatch.chdir(root)
+@pytest.mark.slow
+def test_the_command_measures_every_form(tmp_path, capsys, own_signals):
     bench.main(["decode", "--device=cpu", "--n_layer=1", "--quick", f"--out={tmp_path}"])
     (path,) = tmp_path.glob("*/decode.trial.json")
     found = json.loads(path.read_text())
@@ -37,13 +35,13 @@ def test_the_command_measures_every_form(tmp_path, monkeypatch, capsys, root):
     assert read["int4"] == pytest.approx(read["bfloat16"] / 4 * 1.25, rel=0.02)  # 4 bits of scale and middle for 32 of 4 bits
     assert all(0.1 < v < 1e5 for way in found["ways"] for v in way["tokens_per_s"])
     assert found["validation"] == {}
-    assert as_text(found) in capsys.readouterr().out
+    assert kinds.as_text(found) in capsys.readouterr().out
 
 
 def test_a_run_is_validated_in_every_form(tiny_run, tmp_path, own_signals):
     train.train(Config(**tiny_run | dict(out_dir=str(tmp_path / "run"), n_embd=64, max_steps=30)))
     sizes = BenchConfig(data_dir=tiny_run["data_dir"], rounds=1, device="cpu")
-    found = decoding.measure(str(tmp_path / "run"), sizes, CPU)
+    found = decoding.decode([str(tmp_path / "run")], sizes, CPU)
     losses = {form: v["loss"] for form, v in found["validation"].items()}
     assert set(losses) == {"float32", "bfloat16", *quantize.FORMS}
     records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
@@ -55,25 +53,10 @@ def test_a_run_is_validated_in_every_form(tiny_run, tmp_path, own_signals):
     assert found["prompt_tokens"] + found["new_tokens"] <= 32  # the window does not move
 
 
-def test_shares_of_the_floor_are_of_the_copy_of_their_own_round():
-    way = {"name": "x", "form": "int8", "batch": 4, "bytes_per_token": 1e9, "tokens_per_s": [40.0, 20.0, 80.0]}
-    way["copy_bytes_per_s"] = [2e10, 1e10, 2e10]
-    where = {"hardware": "h", "torch": "t", "commit": "c", "dirty": False}
-    made = {
-        "kind": "decode",
-        "date": "2026-11-20T00:00:00",
-        "machine": where,
-        "model": "m",
-        "new_tokens": 8,
-        "prompt_tokens": 4,
-    }
-    table = decode_table(made | {"ways": [way], "validation": {}})[0]
-    assert table.rows == [["x", "4", "40.0 [20.0, 80.0]", "1,000", "50% [50%, 100%]"]]
-
-
-def test_the_first_token_is_not_counted(monkeypatch):
-    """It reads the prompt, however long that takes."""
-    clock = iter([0.0, 10.0, 10.0, 11.0, 11.0, 12.0, 12.0])  # began, first, began, second, …
-    monkeypatch.setattr(decoding.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(decoding, "generate", lambda *args, **how: iter(torch.zeros(3, 2)))
-    assert decoding.tokens_per_s(GPT, [0], 2, 3) == pytest.approx(2.0)
+def test_sampling_times_both_ways_and_compares_the_tokens(monkeypatch):
+    found = decoding.sampling(BenchConfig(n_layer=1, quick=True, device="cpu").by_device("cpu"), CPU)
+    assert found["same_tokens"]
+    assert {how: len(speeds) for how, speeds in found["tokens_per_s"].items()} == {"cached": 1, "uncached": 1}
+    assert found["new_tokens"] == 8
+    monkeypatch.setattr(decoding, "timed_generate", lambda *args, kv_cache: (1.0, [torch.tensor([int(kv_cache)])]))
+    assert not decoding.sampling(BenchConfig(n_layer=1, quick=True, device="cpu").by_device("cpu"), CPU)["same_tokens"]

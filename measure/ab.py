@@ -1,0 +1,66 @@
+"""Two configs, or two results, side by side."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import configurator
+from base.errors import UserError
+from base.files import read_text
+from measure.config import BenchConfig
+from measure.fresh import in_fresh_process
+from measure.results import header
+from report.compare import compare as compare_results
+
+
+def ab(paths: list[str], sizes: BenchConfig, device: torch.device) -> dict:
+    """Two config files as they are (sizes only where given), seed by seed, in alternating order."""
+    if len(paths) != 2:
+        raise UserError("ab compares two config files: run python bench.py ab A.py B.py")
+    given = sizes.given()
+    pair = [(p, replace(configurator.load_file(p), **given)) for p in paths]
+    runs: list[list[dict]] = [[], []]
+    with tqdm(total=2 * sizes.seeds, disable=None, unit="run") as bar:
+        for seed in range(sizes.seeds):
+            for which in (0, 1) if seed % 2 == 0 else (1, 0):
+                path, cfg = pair[which]
+                bar.set_description(f"seed {seed + 1}/{sizes.seeds} {Path(path).stem}")
+                result = in_fresh_process(replace(cfg, seed=cfg.seed + seed), steps=sizes.steps, min_timed=3)
+                bar.update()
+                if "error" in result:
+                    raise UserError(f"{path}: {result['error']}")
+                runs[which].append(result)
+    sides = [
+        {
+            "config": path,
+            "requested": side[0]["requested"],
+            "effective": side[0]["effective"],
+            "step_s": [r["step_s"][r["warmup"] :] for r in side],
+            "losses": [r["losses"] for r in side],
+        }
+        for (path, _), side in zip(pair, runs, strict=True)
+    ]
+    changes = {k: list(v) for k, v in configurator.diff(pair[0][1], pair[1][1]).items() if k != "out_dir"}
+    return header("ab", sizes) | {"sides": sides, "changes": changes}
+
+
+def compare(paths: list[str], asked: BenchConfig) -> None:
+    """Print two result files side by side; exit status 1 if B is slower than A by more than --max_regression."""
+    if len(paths) != 2:
+        raise UserError("compare takes two result files: run python bench.py compare A.json B.json")
+    try:
+        limit = float(asked.max_regression.removesuffix("%")) / 100 if asked.max_regression else None
+    except ValueError:
+        raise UserError(f"max_regression={asked.max_regression!r} is not a percentage: use --max_regression=3%") from None
+    try:
+        a, b = (json.loads(read_text(Path(p))) for p in paths)
+    except (OSError, ValueError) as e:
+        raise UserError(f"cannot read a result: {e}") from None
+    text, failed = compare_results(a, b, limit)
+    print(text)
+    if failed:
+        sys.exit(1)

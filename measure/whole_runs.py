@@ -1,0 +1,237 @@
+"""Whole runs of the scripts, as a user starts them: what they reach, how long they take, what safety costs."""
+
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import configurator
+import prepare_data
+from base import scripts
+from base.errors import UserError
+from base.files import ROOT
+from configurator import Config
+from corpus.shards import open_dataset
+from corpus.sources import NAMED
+from measure import preparing
+from measure.config import BenchConfig
+from measure.fresh import in_fresh_process
+from measure.results import header
+from model import GPT
+from safety import prove
+
+SHAKESPEARE = "config/shakespeare.py"
+
+
+# ---- one run --------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def folder_in_out() -> Iterator[Path]:
+    """A temporary folder in out/: on the disk that runs are saved to."""
+    (ROOT / "out").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=ROOT / "out") as folder:
+        yield Path(folder)
+
+
+def place_flags(sizes: BenchConfig) -> list[str]:
+    """Where a script computes and reads; scripts start in the repository's root, and data_dir is relative to this process."""
+    return [f"--data_dir={Path(sizes.data_dir).resolve()}", f"--device={sizes.device}"]
+
+
+def train_log(out: Path, sizes: BenchConfig, config: str, *flags: str) -> list[dict]:
+    """Train a config with train.py; the records of its log."""
+    scripts.run("train.py", config, *place_flags(sizes), f"--out_dir={out}", *flags)
+    return scripts.read_log(out)[0]
+
+
+def facts(records: list[dict], sizes: BenchConfig) -> dict:
+    """What was asked for and how large the model is, from a run's log."""
+    requested = next(r["config"] for r in records if "config" in r)
+    # absolute paths of this machine do not belong in a result
+    paths = {"data_dir": sizes.data_dir, "out_dir": Path(requested["out_dir"]).name}
+    on = next(r["effective"] for r in records if "effective" in r)
+    return {"parameters": on["parameters"], "requested": requested | paths}
+
+
+def steps_of(records: list[dict]) -> list[dict]:
+    return [r for r in records if "loss" in r]
+
+
+def shakespeare(sizes: BenchConfig, device: torch.device) -> dict:
+    """The main job as `make train` runs it, from an empty compiler cache; installing and downloading come before it."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, env = Path(folder, "shakespeare"), os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}
+        flags = [*place_flags(sizes), f"--out_dir={out}", *(["--max_steps=4"] if sizes.quick else [])]
+        train = scripts.run("-m torch.distributed.run", ROOT / "train.py", SHAKESPEARE, *flags, env=env)
+        sample = scripts.run("sample.py", out, "--prompt=ROMEO:", f"--device={sizes.device}", env=env)
+        records, _ = scripts.read_log(out)
+    steps = steps_of(records)
+    return header("shakespeare", sizes) | {
+        "seconds": {"train": train.seconds, "sample": sample.seconds},
+        "first_step_s": steps[0]["ms"] / 1e3,
+        "step_s": [[r["ms"] / 1e3 for r in steps[1:]]],
+        "losses": [r["loss"] for r in steps],
+        "val_loss": next(r["val_loss"] for r in reversed(records) if "val_loss" in r),
+        **facts(records, sizes),
+        "sample": sample.stdout,
+    }
+
+
+def whole_run(paths: list[str], asked: BenchConfig, device: torch.device) -> dict:
+    """Train a config from its first step to its last, evaluate it, let it write."""
+    sizes = asked.by_device(device.type)
+    if len(paths) != 1:
+        raise UserError("run takes one config file: run python bench.py run config/enwik8.py")
+    with folder_in_out() as folder:
+        out, places, began = folder / "run", place_flags(sizes), time.perf_counter()
+        records = train_log(out, sizes, str(Path(paths[0]).resolve()), *(["--max_steps=4"] if sizes.quick else []))
+        seconds = {"train": time.perf_counter() - began}
+        evaluate = scripts.run("evaluate.py", out, *places, f"--out={folder}/evaluation.json")
+        sample = scripts.run("sample.py", out, "--max_new_tokens=150", "--temperature=0.8", places[1])
+        evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    steps = steps_of(records)
+    return header("run", sizes) | {
+        "config": paths[0],
+        **facts(records, sizes),
+        "seconds": seconds | {"evaluate": evaluate.seconds, "sample": sample.seconds},
+        "losses": [round(r["loss"], 4) for r in steps],
+        "val_losses": {str(r["step"]): r["val_loss"] for r in records if "val_loss" in r},
+        "tokens_per_s": statistics.median(r["tokens_per_s"] for r in steps[1:]),
+        "evaluation": evaluation,
+        "sample": sample.stdout,
+    }
+
+
+# ---- the stages -------------------------------------------------------------------------------------------------------------
+
+
+def residual_stream(cfg: Config) -> list[float]:
+    """Standard deviation of the residual stream at init: behind the embedding, then behind each block."""
+    torch.manual_seed(cfg.seed)
+    model, found = GPT(cfg).eval(), []
+    model.transformer.h[0].register_forward_pre_hook(lambda _, args: found.append(args[0].std().item()))
+    for block in model.transformer.h:
+        block.register_forward_hook(lambda *args: found.append(args[2].std().item()))
+    tokens = open_dataset(Path(cfg.data_dir) / cfg.dataset).split("train").read(0, 4 * 256)
+    with torch.no_grad():
+        model(torch.from_numpy(tokens).view(4, 256))
+    return found
+
+
+def stages(sizes: BenchConfig, device: torch.device) -> dict:
+    """Run each training stage's config as a user would, and measure the residual stream of the last one."""
+    entries, paths = [], sorted(ROOT.glob("config/stages/s[2-9]_*.py"))
+    for path in tqdm(paths, desc="stages", disable=None):
+        with tempfile.TemporaryDirectory() as folder:
+            records = train_log(Path(folder, "run"), sizes, str(path))
+        on = next(r["effective"] for r in records if "effective" in r)
+        entries.append(
+            {
+                "config": str(path.relative_to(ROOT)),
+                "title": configurator.title_of(path),
+                "parameters": on["parameters"],
+                "dtype": on["dtype"],
+                "seconds": sum(r["ms"] for r in records if "ms" in r) / 1e3,
+                "losses": [r["loss"] for r in steps_of(records)],
+                "val_loss": [r["val_loss"] for r in records if "val_loss" in r][-1],
+            }
+        )
+    last = replace(configurator.load_file(str(paths[-1])), data_dir=sizes.data_dir)
+    streams = {"scaled": residual_stream(last), "unscaled": residual_stream(replace(last, scale_residual_init=False))}
+    return header("stages", sizes) | {"ln_vocab_size": math.log(50257), "stages": entries, "residual_std": streams}
+
+
+# ---- starting ---------------------------------------------------------------------------------------------------------------
+
+
+def seconds_to_first_step(flags: list[str], env: dict[str, str]) -> float:
+    """From starting train.py until it reports its first step. UserError if it never does."""
+    began, took = time.perf_counter(), None
+    with scripts.started(scripts.command("train.py", SHAKESPEARE, *flags), env=env) as process:
+        for line in process.stdout:
+            if took is None and line.startswith("step"):
+                took = time.perf_counter() - began
+    if process.returncode or took is None:
+        raise UserError(f"train.py {' '.join(flags)} ended with {process.returncode}")
+    return took
+
+
+def start(sizes: BenchConfig, device: torch.device) -> dict:
+    """Seconds from starting train.py until its first step is done: with an empty compiler cache, and with what that left."""
+    seconds: dict[str, dict[str, list[float]]] = {}
+    for _ in tqdm(range(sizes.rounds), desc="start", disable=None):
+        for scope in ("block", "model"):
+            kept = seconds.setdefault(scope, {"first": [], "second": []})
+            with tempfile.TemporaryDirectory() as folder:
+                flags = [*place_flags(sizes), f"--out_dir={folder}/run", "--max_steps=2", "--eval_tokens=64"]
+                flags += [f"--compile_scope={scope}", "--compile=True"]
+                env = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"}
+                env |= {"PYTHONUNBUFFERED": "1", "XDG_CACHE_HOME": folder}
+                for which in kept:
+                    kept[which].append(seconds_to_first_step(flags, env))
+    return header("start", sizes) | {"config": SHAKESPEARE, "seconds": seconds}
+
+
+# ---- safety -----------------------------------------------------------------------------------------------------------------
+
+
+def saves_in(records: list[dict]) -> dict:
+    """Of a run's log: what each save held up (the last, which everything waits for, left out), what it took, and all steps."""
+    saves = [r["step_done"] for r in records if r.get("event") == "saving"][:-1]
+    return {
+        "after_steps": saves,
+        "pause_ms": [r["pause_ms"] for r in records if r.get("event") == "saving" and r["step_done"] in saves],
+        "save_ms": [r["save_ms"] for r in records if r.get("event") == "saved" and r["step_done"] in saves],
+        "step_ms": [r["ms"] for r in records if "ms" in r],
+    }
+
+
+def shakespeare_config(sizes: BenchConfig) -> Config:
+    return replace(configurator.load_file(str(ROOT / SHAKESPEARE)), device=sizes.device, data_dir=sizes.data_dir)
+
+
+def safety(sizes: BenchConfig, device: torch.device) -> dict:
+    """Step time with and without deterministic kernels; what a save holds up, in the foreground and in the background."""
+    cfg = shakespeare_config(sizes)
+    kernels: dict[str, list[list[float]]] = {"deterministic": [], "any": []}
+    saving: dict[str, list[dict]] = {"background": [], "foreground": []}
+    few, steps = (1, 12) if sizes.quick else (sizes.rounds, 48)
+    for _ in tqdm(range(few), desc="safety", disable=None):
+        for name, rounds in kernels.items():
+            found = in_fresh_process(replace(cfg, deterministic=name == "deterministic"), steps=steps, min_timed=steps // 2)
+            if "error" in found:
+                raise UserError(found["error"])
+            rounds.append(found["step_s"][found["warmup"] :])
+        for name, runs in saving.items():
+            with folder_in_out() as folder:
+                flags = [f"--max_steps={steps}", f"--checkpoint_interval={steps // 3}", "--keep_best=False"]
+                flags += [f"--background_save={name == 'background'}", f"--eval_tokens={cfg.T}"]
+                runs.append(saves_in(train_log(folder / "run", sizes, SHAKESPEARE, *flags)))
+    return header("safety", sizes) | {"kernels_s": kernels, "saving": saving, "requested": asdict(cfg)}
+
+
+def kills(sizes: BenchConfig, device: torch.device) -> dict:
+    """The run of config/shakespeare.py, killed again and again, ends in the same bits as the undisturbed one."""
+    cfg = shakespeare_config(sizes)
+    cfg = replace(cfg, checkpoint_interval=20, max_steps=60 if sizes.quick else cfg.max_steps)
+    with folder_in_out() as folder:
+        there = dict(out_dir=str(folder), data_dir=str(Path(sizes.data_dir).resolve()))
+        found = prove.prove_kills(replace(cfg, **there), kills=2 if sizes.quick else 20)
+    paths = {"data_dir": sizes.data_dir, "out_dir": Path(found["requested"]["out_dir"]).name}
+    return header("kills", sizes) | found | {"requested": found["requested"] | paths}
+
+
+def data(sizes: BenchConfig, device: torch.device) -> dict:
+    """How fast prepare_data.py is, on enwik8, or with --quick on tiny Shakespeare."""
+    path = prepare_data.local_copy(NAMED["shakespeare" if sizes.quick else "enwik8"][1], sizes.data_dir)
+    return header("data", sizes) | preparing.measure(path, rounds=sizes.rounds)

@@ -1,0 +1,50 @@
+"""measure/ab.py: two configs take turns with the same seeds."""
+
+import pytest
+import torch
+from stand_ins import result
+
+from base.errors import UserError
+from measure import ab
+from measure.config import BenchConfig
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def pair(tmp_path, tiny_run) -> list[str]:
+    """Two config files that differ in fused_adamw."""
+    paths = [tmp_path / "a.py", tmp_path / "b.py"]
+    for path, fused in zip(paths, (False, True), strict=True):
+        values = dict(tiny_run) | dict(fused_adamw=fused, seed=7)
+        path.write_text(f"from configurator import Config\n\nconfig = Config(**{values!r})\n", encoding="utf-8")
+    return [str(p) for p in paths]
+
+
+def test_ab_alternates_and_gives_both_sides_the_same_seeds(pair, workers, prepared):
+    started = workers()
+    found = ab.ab(pair, BenchConfig(device="cpu", seeds=4, steps=6, data_dir=str(prepared)), CPU)
+    assert [cfg.fused_adamw for cfg, _ in started] == [False, True, True, False, False, True, True, False]
+    assert [cfg.seed for cfg, _ in started] == [7, 7, 8, 8, 9, 9, 10, 10]
+    assert {how["steps"] for _, how in started} == {6}
+    assert [s["config"] for s in found["sides"]] == pair
+    assert [s["requested"]["fused_adamw"] for s in found["sides"]] == [False, True]
+    assert found["changes"] == {"fused_adamw": [False, True]}
+    assert all(len(s["losses"]) == len(s["step_s"]) == 4 for s in found["sides"])
+    assert {cfg.tokens_per_step for cfg, _ in started} == {256}  # as in the files
+
+
+def test_ab_runs_the_files_as_they_are(pair, workers, prepared):
+    """But for sizes that were given; a device that a file names is the file's."""
+    started = workers()
+    ab.ab(pair, BenchConfig(seeds=1, data_dir=str(prepared)), CPU)
+    assert {cfg.device for cfg, _ in started} == {"cpu"}
+    started.clear()
+    ab.ab(pair, BenchConfig(seeds=1, batch_size=2, sequence_length=16, data_dir=str(prepared)), CPU)
+    assert {(cfg.batch_size, cfg.T, cfg.tokens_per_step) for cfg, _ in started} == {(2, 16, 32)}
+
+
+def test_a_side_of_ab_that_fails_is_named(pair, workers, prepared):
+    workers(lambda cfg: {"error": "it burns"} if cfg.fused_adamw else result(cfg))
+    with pytest.raises(UserError, match=r"b\.py: it burns"):
+        ab.ab(pair, BenchConfig(device="cpu", data_dir=str(prepared)), CPU)

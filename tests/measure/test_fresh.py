@@ -1,0 +1,126 @@
+"""measure/fresh.py and base/scripts.py: each measurement is a process of its own, and none is left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from base import scripts
+from configurator import Config
+from measure import fresh, worker
+
+
+@pytest.fixture
+def cfg(tiny_run) -> Config:
+    return Config(**tiny_run)
+
+
+@pytest.fixture
+def in_place_of_the_worker(monkeypatch, tmp_path):
+    """in_place_of_the_worker(code): each fresh process runs this code, with `job` and `result_path`, instead of the worker."""
+
+    def arrange(code: str) -> None:
+        script = tmp_path / "stand_in.py"
+        start = "import json, os, signal, sys\njob, result_path = json.load(open(sys.argv[1])), sys.argv[2]\n"
+        script.write_text(start + code, encoding="utf-8")
+        plain = scripts.command
+        monkeypatch.setattr(scripts, "command", lambda _, *args, **how: plain(str(script), *args, **how))
+
+    return arrange
+
+
+def test_every_job_is_a_fresh_process_that_is_told_all(cfg, in_place_of_the_worker):
+    in_place_of_the_worker("json.dump({'pid': os.getpid(), 'job': job}, open(result_path, 'w'))")
+    first = fresh.in_fresh_process(cfg, steps=7, min_timed=3)
+    second = fresh.in_fresh_process(cfg, "ceilings")
+    assert len({first["pid"], second["pid"], os.getpid()}) == 3
+    job = {"what": "measure", "config": asdict(cfg), "cwd": os.getcwd(), "steps": 7, "min_timed": 3}
+    assert first["job"] == job
+    assert second["job"]["what"] == "ceilings"
+
+
+@pytest.mark.parametrize(
+    ("code", "word", "memory"),
+    [
+        ("raise ValueError('no such thing')", "exit status 1: ValueError: no such thing", False),
+        ("print('error: the data is gone', file=sys.stderr); sys.exit(2)", "status 2: error: the data is gone", False),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "ended by SIGSEGV", False),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "ended by SIGKILL, probably out of memory", True),
+        ("sys.stderr.buffer.write(b'caf\\xe9\\n'); sys.exit(1)", "caf", False),
+    ],
+)
+def test_a_worker_that_dies_is_one_line_that_names_the_signal(cfg, in_place_of_the_worker, code, word, memory):
+    in_place_of_the_worker(code)
+    found = fresh.in_fresh_process(cfg)
+    assert word in found["error"]
+    assert "\n" not in found["error"]
+    assert bool(found.get("out_of_memory")) is memory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("code", "word", "memory"),
+    [("raise ValueError('no such thing')", "no such thing", False), ("os.kill(os.getpid(), signal.SIGKILL)", "SIGKILL", True)],
+    ids=["crash", "out of memory"],
+)
+def test_so_it_is_behind_torchrun(cfg, in_place_of_the_worker, code, word, memory):
+    """torchrun's own exit status is 1 whatever became of its processes, and its last line is a rule."""
+    in_place_of_the_worker(code)
+    found = fresh.in_fresh_process(replace(cfg, processes=2))
+    assert word in found["error"]
+    assert "====" not in found["error"]
+    assert "\n" not in found["error"]
+    assert bool(found.get("out_of_memory")) is memory
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_what_cannot_be_built_is_a_workers_result(cfg, tmp_path, monkeypatch, rank):
+    """Whichever process it is; and an exit status that makes torchrun end the others."""
+    monkeypatch.setenv("RANK", rank)
+    job, result_path = tmp_path / "job.json", tmp_path / "result.json"
+    config = asdict(replace(cfg, dataset="missing"))
+    job.write_text(json.dumps({"what": "measure", "config": config, "cwd": os.getcwd(), "steps": 1, "min_timed": 1}))
+    with pytest.raises(SystemExit) as stop:
+        worker.main([str(job), str(result_path)])
+    assert stop.value.code == 1
+    assert "prepare_data.py" in json.loads(result_path.read_text())["error"]
+
+
+# ---- nobody is left behind ------------------------------------------------------------------------------------------------
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(condition, what: str, seconds: float = 60.0):
+    ends = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < ends, what
+        time.sleep(0.02)
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="SIGKILL leaves no process the time to end its own, but on Linux")
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+def test_killing_a_script_leaves_no_worker_running(how, tmp_path, root):
+    """A script in the middle of scripts.run(), as bench.py is while it measures."""
+    note = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))"
+    (tmp_path / "worker.py").write_text(f"import os, time\n{note}\ntime.sleep(300)")
+    handler = "signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))"  # as in bench.main()
+    code = f"import signal, sys\nfrom base import scripts\n{handler}\nscripts.run({str(tmp_path / 'worker.py')!r})"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=root, stderr=subprocess.DEVNULL)
+    pid = int(wait_until(lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text(), "it does not start"))
+    assert is_running(pid)
+    process.send_signal(how)
+    assert process.wait(60) != 0
+    wait_until(lambda: not is_running(pid), "the worker is left running")

@@ -1,0 +1,353 @@
+"""measure/ladder.py: the ladder is a ladder, what this machine lacks is left out of it, and rounds are interleaved."""
+
+import itertools
+import json
+import math
+import re
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from stand_ins import CEILINGS, result
+
+import bench
+import configurator
+import train
+from base import system
+from base.errors import UserError
+from configurator import Config
+from engine import machine, parallel
+from engine.run import build
+from measure import ladder, results
+from measure.config import BenchConfig
+from measure.ladder import Rung
+from report import kinds
+
+CPU = torch.device("cpu")
+
+
+def sizes(**changes) -> BenchConfig:
+    given = dict(device="cpu", batch_size=4, sequence_length=64, tokens_per_step=1024) | changes
+    return BenchConfig(**given).by_device("cpu")
+
+
+def is_twin(name: str) -> bool:
+    return re.fullmatch(r"r\d\d_\w+", name) is None  # r01b_x
+
+
+@pytest.fixture
+def chain(rungs) -> list[Rung]:
+    """The rungs without the twins that stand beside them."""
+    return [r for r in rungs if not is_twin(r.name)]
+
+
+# ---- config/ladder/ -----------------------------------------------------------------------------------------------------
+
+
+def test_each_rung_changes_one_setting_of_the_rung_before(rungs, chain):
+    assert len(rungs) >= 8
+    assert rungs[0].changes == {}
+    for before, rung in itertools.pairwise(chain):
+        assert rung.versus == before.name
+        assert len(rung.changes) == 1
+        assert list(configurator.diff(before.cfg, rung.cfg)) == list(rung.changes)
+    values = [(f, r.changes[f][1]) for r in chain[1:] for f in r.changes]
+    assert len(set(values)) == len(values)  # no setting to the same value twice
+    assert all(re.match(r"Rung \d+", r.title) for r in rungs)
+
+
+def test_a_twin_stands_beside_its_rung_and_nothing_stands_on_it(rungs):
+    twins = [r for r in rungs if is_twin(r.name)]
+    assert twins
+    for twin in twins:
+        beside = rungs[rungs.index(twin) - 1]
+        assert (twin.versus, list(twin.changes)) == (beside.versus, list(beside.changes))
+    assert not {r.versus for r in rungs} & {t.name for t in twins}
+
+
+def test_what_is_learned_is_the_same_on_all_rungs(rungs):
+    """Tokens per step, sequence length, seed, data, data order, model and optimizer: only settings of speed change."""
+    speed = "device dtype fp32_precision compile compile_scope attention vocab_multiple fused_adamw reuse_memory prefetch"
+    allowed = {*speed.split(), "processes", "batch_size"}
+    for rung in rungs:
+        assert configurator.diff(rungs[0].cfg, rung.cfg).keys() <= allowed
+
+
+@pytest.mark.parametrize(
+    ("body", "word"), [("replace(previous, compile=True, prefetch=True)", "compile"), ("replace(previous)", "none")]
+)
+def test_a_file_that_changes_two_settings_or_none_is_refused_by_name(tmp_path, monkeypatch, body, word):
+    first = "from configurator import Config\nconfig = Config(compile=False, prefetch=False, fused_adamw=False)\n"
+    (tmp_path / "r00_plain.py").write_text(f'"""Rung 0: plain."""\n{first}')
+    (tmp_path / "r01_more.py").write_text(
+        f'"""Rung 1: more."""\nfrom dataclasses import replace\n{first.replace("config =", "previous =")}config = {body}\n'
+    )
+    monkeypatch.setattr(ladder, "LADDER", tmp_path)
+    with pytest.raises(UserError, match=rf"r01_more.*{word}"):
+        ladder.load_ladder()
+
+
+# ---- what this machine has ----------------------------------------------------------------------------------------------
+
+
+def test_what_this_machine_cannot_run_is_told_with_the_reason(rungs, monkeypatch):
+    cfg = rungs[0].cfg
+    assert ladder.unavailable(cfg, CPU) is None
+    assert ladder.unavailable(replace(cfg, processes=99), CPU) is None  # slow, but it runs
+    assert "needs 2 GPUs" in ladder.unavailable(replace(cfg, processes=2), torch.device("mps"))
+    assert "mps" in ladder.unavailable(replace(cfg, fp32_precision="tf32"), torch.device("mps"))
+    assert ladder.unavailable(replace(cfg, reuse_memory=True), torch.device("cuda"))
+    monkeypatch.setattr(ladder, "precision_that_runs", lambda how, device: "ieee")
+    assert "does nothing here: float32 matmuls run as ieee" in ladder.unavailable(replace(cfg, fp32_precision="bf16"), CPU)
+    monkeypatch.setattr(ladder, "precision_that_runs", lambda how, device: how)
+    assert ladder.unavailable(replace(cfg, fp32_precision="bf16"), CPU) is None
+
+
+@pytest.mark.slow
+def test_a_precision_is_tried_in_a_process_of_its_own():
+    """And gives the same answer as here."""
+    device = CPU
+    machine.set_fp32_precision("bf16", device)
+    try:
+        expected = machine.fp32_precision_measured(device)
+    finally:
+        machine.set_fp32_precision("ieee", device)
+    assert ladder.precision_that_runs("bf16", "cpu") == expected
+
+
+def test_what_would_be_no_other_measurement_is_told(rungs, monkeypatch):
+    cfg = replace(rungs[0].cfg, batch_size=8, tokens_per_step=1024, sequence_length=256)
+    assert "--tokens_per_step" in ladder.pointless(cfg, CPU)
+    cfg = replace(cfg, tokens_per_step=2048)
+    assert ladder.pointless(cfg, CPU) is None
+    assert ladder.pointless(replace(cfg, attention="blocked"), torch.device("cuda"))
+    monkeypatch.setattr(system, "cores", lambda: 1)
+    assert "2 cores" in ladder.pointless(replace(cfg, processes=2), CPU)
+
+
+# ---- climbing -------------------------------------------------------------------------------------------------------------
+
+
+def test_where_everything_is_available_the_chain_is_the_ladder(rungs, chain, available):
+    """Each rung stands on the one before it, the first twin's neighbour included, and the top has all settings."""
+    available()
+    climbed, skipped = ladder.climb(rungs, sizes(), CPU)
+    assert skipped == {}
+    assert {r.name: r.versus for r in climbed} == {r.name: r.versus for r in rungs}
+    by_name = {r.name: r for r in climbed}
+    for asked, rung in zip(rungs, climbed, strict=True):
+        assert list(rung.changes) == list(asked.changes)
+        assert configurator.diff(by_name[rung.versus].cfg, rung.cfg) == rung.changes
+    wanted = {field: value for asked in chain[1:] for field, (_, value) in asked.changes.items()}  # of two, the later
+    for field, value in wanted.items():
+        assert getattr(climbed[-1].cfg, field) == value, f"{field} was lost on the way up"
+
+
+def test_a_setting_that_is_not_available_is_left_out_above_and_its_reason_kept(rungs, chain, available):
+    for rung in chain[1:]:
+        ((field, _),) = rung.changes.items()
+        available(field)
+        climbed, skipped = ladder.climb(rungs, sizes(), CPU)
+        assert skipped[rung.name] == f"no {field} here"
+        assert set(skipped) == {r.name for r in rungs if list(r.changes) == [field]}
+        for other in climbed:
+            if other.name not in skipped:
+                assert getattr(other.cfg, field) == getattr(climbed[0].cfg, field)
+            assert other.versus not in skipped
+            assert len(other.changes) == (other is not climbed[0])  # still one setting at a time
+    available(*(f for r in chain[1:] for f in r.changes))
+    climbed, skipped = ladder.climb(rungs, sizes(), CPU)
+    assert set(skipped) == {r.name for r in rungs[1:]}
+    assert {r.versus for r in climbed} == {rungs[0].name}
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_micro_batches_keep_their_ratio_and_all_else_its_size(rungs, available, batch_size):
+    available()
+    climbed, _ = ladder.climb(rungs, sizes(batch_size=batch_size, n_layer=2, tokens_per_step=64 * 640), CPU)
+    for rung, original in zip(climbed, rungs, strict=True):
+        assert rung.cfg.batch_size * rungs[0].cfg.batch_size == original.cfg.batch_size * batch_size
+        assert (rung.cfg.n_layer, rung.cfg.T, rung.cfg.tokens_per_step) == (2, 64, 64 * 640)
+
+
+# ---- rounds ---------------------------------------------------------------------------------------------------------------
+
+
+def named(*names: str) -> list[Rung]:
+    """Rungs that differ in nothing but their names, which their configs carry as wandb_project."""
+    return [Rung(n, f"the {n}", Config(wandb_project=n), names[max(0, i - 1)], {}) for i, n in enumerate(names)]
+
+
+def test_rounds_are_interleaved(workers):
+    """All rungs, then all again: drift of the machine hits all alike. Losses are compared in the first round only."""
+    started = workers()
+    found = ladder.run_rounds(named("a", "b", "c"), {}, sizes(rounds=3, steps=8), min_timed=2)
+    assert [cfg.wandb_project for cfg, _ in started] == ["a", "b", "c"] * 3
+    assert [how["steps"] for _, how in started] == [8] * 3 + [1] * 6
+    assert {how["min_timed"] for _, how in started} == {2}
+    assert {name: len(rounds) for name, rounds in found.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_a_rung_that_fails_is_skipped_with_its_reason_and_not_run_again(workers):
+    started = workers(lambda cfg: {"error": "it burns"} if cfg.wandb_project == "b" else result(cfg))
+    skipped = {"c": "known before"}
+    found = ladder.run_rounds(named("a", "b", "c", "d"), skipped, sizes(rounds=3), min_timed=2)
+    assert [cfg.wandb_project for cfg, _ in started] == ["a", "b", "d", "a", "d", "a", "d"]
+    assert skipped == {"b": "it burns", "c": "known before"}
+    assert found["b"] == found["c"] == []
+
+
+def test_all_rungs_get_smaller_micro_batches_when_one_needs_more_memory(rungs, available, workers, capsys):
+    """The rung with twice the micro-batch does not fit above 4: all others are measured again with half of theirs."""
+    available()
+    started = workers(lambda cfg: {"error": "oops", "out_of_memory": True} if cfg.batch_size > 4 else result(cfg))
+    found = ladder.ladder(sizes(batch_size=8, rounds=1, tokens_per_step=64 * 16), CPU)
+    reported = capsys.readouterr().err
+    assert "oops" in reported
+    assert "micro-batches of 4" in reported
+    assert "micro-batches of 2" in reported
+    final = started[-len(rungs) :]
+    assert [cfg.batch_size for cfg, _ in final] == [2 * r.cfg.batch_size // rungs[0].cfg.batch_size for r in rungs]
+    assert {cfg.tokens_per_step for cfg, _ in final} == {64 * 16}  # what is learned stays
+    assert found["sizes"]["batch_size"] == 2
+    assert not any("skipped" in e for e in found["rungs"])
+
+
+def test_micro_batches_of_one_that_do_not_fit_are_one_clear_line():
+    tried = []
+
+    def attempt(s: BenchConfig) -> dict:
+        tried.append(s.batch_size)
+        raise ladder.OutOfMemory("r00_fp32: 8 GiB short")
+
+    with pytest.raises(UserError, match=r"r00_fp32: 8 GiB short.*--sequence_length"):
+        ladder.with_smaller_batches(sizes(batch_size=6), attempt)
+    assert tried == [6, 3, 1]
+
+
+def test_a_ladder_without_its_first_rung_still_has_a_table(rungs, available, workers):
+    available()
+    workers(lambda cfg: {"error": "it burns"} if cfg.dtype == "float32" else result(cfg))
+    assert "it burns" in kinds.as_text(ladder.ladder(sizes(rounds=1), CPU))
+    workers(lambda cfg: {"error": "it burns"})
+    with pytest.raises(UserError, match="it burns"):
+        ladder.ladder(sizes(rounds=1), CPU)
+
+
+# ---- ablation and candidates ------------------------------------------------------------------------------------------------
+
+
+def test_each_entry_puts_one_setting_back_to_what_it_was_below(rungs, chain, available, workers):
+    available()
+    started = workers()
+    asked = sizes(rounds=1, tokens_per_step=64 * 32)
+    found = ladder.ablate(asked, CPU)
+    top = next(cfg for cfg, _ in started if cfg.prefetch)
+    assert top.processes == 0  # what several processes bring is no loss of the one
+    entries = {e["name"]: e for e in found["rungs"]}
+    gone = ("fp32_precision", "processes")  # with bf16 no float32 matmul is left; the top is in one process
+    back = [r for r in chain[1:] if not set(r.changes) & set(gone)]
+    assert list(entries) == ["top", *(f"without_{r.name}" for r in back)]
+    assert len({str(e["changes"]) for e in found["rungs"]}) == len(found["rungs"])  # each is another measurement
+    for entry in found["rungs"]:
+        changes = configurator.diff(top, Config(**entry["requested"]))
+        assert {k: list(v) for k, v in changes.items()} == entry["changes"]
+        assert entry["versus"] == "top"
+    by_name = {r.name: r for r in ladder.climb(rungs, asked, CPU)[0]}
+    for rung in back:
+        ((field, _),) = rung.changes.items()
+        below = by_name[rung.name].versus
+        assert entries[f"without_{rung.name}"]["requested"][field] == getattr(by_name[below].cfg, field)
+
+
+@pytest.mark.parametrize(
+    ("refused", "there", "absent"),
+    [("compile", "without_r06_fused", "without_r03_compile"), ("dtype", "without_r01_tf32", "without_r02_bf16")],
+)
+def test_what_is_not_available_is_not_ablated(available, workers, refused, there, absent):
+    available(refused)
+    workers()
+    names = [e["name"] for e in ladder.ablate(sizes(rounds=1), CPU)["rungs"]]
+    assert there in names
+    assert absent not in names
+
+
+def test_candidates_are_the_top_rung_with_one_other_setting(available, workers):
+    """What is not available is skipped with its reason, and running out of memory halves nothing."""
+    available()
+    workers(lambda cfg: {"error": "too large", "out_of_memory": True} if cfg.compile_scope == "block" else result(cfg))
+    found = ladder.candidates(sizes(rounds=1), CPU)
+    top, *others = found["rungs"]
+    B, T = (top["requested"][name] for name in ("batch_size", "sequence_length"))
+    assert found["sizes"]["tokens_per_step"] == top["requested"]["tokens_per_step"] >= 2 * B * T
+    assert {field for e in others for field in e["changes"]} == set(ladder.CANDIDATES)
+    assert all(len(e["changes"]) == 1 and e["versus"] == "top" for e in others)
+    assert len({str(e["changes"]) for e in others}) == len(others)
+    assert [e["skipped"] for e in others if "skipped" in e] == ["too large"]
+    assert kinds.as_text(found)
+
+
+# ---- a small ladder in real processes -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real(prepared, tiny_run, tmp_path_factory) -> tuple[dict, str]:
+    """(the results, what was printed) of `bench.py ladder` over two real rungs and one that needs more cores."""
+    folder = tmp_path_factory.mktemp("ladder")
+    values = tiny_run | dict(compile=False, fused_adamw=False, prefetch=False)
+    for number, more in enumerate(["", "fused_adamw=True", f"fused_adamw=True, processes={system.cores() + 1}"]):
+        text = f"from dataclasses import replace\nfrom configurator import Config\nconfig = Config(**{values!r})\n"
+        text += f"config = replace(config, {more})\n"
+        (folder / f"r{number:02}_rung.py").write_text(f'"""Rung {number}: a thing."""\n{text}', encoding="utf-8")
+    argv = ["ladder", "--device=cpu", "--n_layer=1", "--batch_size=2", "--sequence_length=16", "--tokens_per_step=64"]
+    argv += ["--rounds=1", "--steps=3", f"--data_dir={prepared}", f"--out={folder}/results"]
+    with pytest.MonkeyPatch.context() as patch, pytest.MonkeyPatch.context() as capture:
+        patch.setattr(ladder, "LADDER", folder)
+        patch.setattr(sys, "argv", ["bench.py", *argv])
+        printed = []
+        capture.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
+        bench.main(argv)
+    (path,) = (folder / "results").glob("*/ladder.trial.json")  # one layer is no measurement
+    assert path.parent == results.results_dir(f"{folder}/results", CPU)
+    return json.loads(path.read_text(encoding="utf-8")), "\n".join(printed)
+
+
+@pytest.mark.slow
+def test_results_hold_raw_times_and_what_was_on(real):
+    """Every step's time, those of the warm-up too: where it ended is a judgement, and others judge it by the raw times."""
+    found, _ = real
+    assert found["date"].endswith("+00:00")
+    assert found["command"].startswith("python bench.py ladder --device=cpu --n_layer=1")
+    assert found["machine"]["hardware"] == machine.hardware_name(CPU)
+    assert found["sizes"]["n_layer"] == 1
+    assert all(math.isfinite(found["ceilings"][k]) and found["ceilings"][k] > 1e6 for k in CEILINGS if k != "peak_flops")
+    plain, fused, many = found["rungs"]
+    for entry, on in ((plain, False), (fused, True)):
+        assert entry["requested"]["fused_adamw"] is entry["effective"]["fused_adamw"] is on
+        assert (entry["requested"]["sequence_length"], entry["requested"]["tokens_per_step"]) == (16, 64)
+        assert (entry["effective"]["micro_batch"], entry["effective"]["accumulation"]) == (2, 2)
+        assert len(entry["warmup_s"][0]) + len(entry["step_s"][0]) == len(entry["losses"]) >= 3
+        assert entry["first_step_s"][0] == entry["warmup_s"][0][0]
+        assert all(t > 0 for t in entry["step_s"][0])
+        assert entry["memory_gib"] > 0
+    assert fused["changes"] == {"fused_adamw": [False, True]}
+    assert "cores" in many["skipped"]
+    assert "step_s" not in many
+
+
+@pytest.mark.slow
+def test_the_worker_trains_as_train_does(real):
+    """The losses in the results are those of train.train_step for the config in the results."""
+    entry = real[0]["rungs"][0]
+    run = build(Config(**entry["requested"]))
+    assert entry["losses"][:3] == pytest.approx([train.train_step(run, step).loss for step in range(3)], abs=1e-5)
+    parallel.stop()
+
+
+@pytest.mark.slow
+def test_the_table_has_a_row_per_rung_and_names_the_skipped(real):
+    found, printed = real
+    assert kinds.as_text(found) in printed
+    assert found["rungs"][2]["skipped"] in printed
+    assert "ladder.trial.json" in printed

@@ -1,0 +1,152 @@
+"""measure/scaling/study.py: a study that is killed keeps its runs, leaves no process, and resumes."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from base.errors import UserError
+from configurator import Config
+from measure.scaling import study, training
+from report import kinds
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_until(condition, what: str, seconds: float = 60.0):
+    ends = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < ends, what
+        time.sleep(0.02)
+    return found
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory, prepared, root):
+    """(folder, command, (kept file: its time) before, worker pids, exit status): a study that was interrupted after a run."""
+    folder = tmp_path_factory.mktemp("study")
+    flags = ["--quick", "--dataset=tiny", f"--data_dir={prepared}", f"--out={folder}", f"--keep={folder}", "--jobs=2"]
+    flags += ["--device=cpu", "--sequence_length=16", "--tokens_per_step=32"]
+    command = [sys.executable, str(root / "bench.py"), "scale", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8")
+    wait_until(lambda: process.poll() is not None or list(folder.glob("run_*.json")), "no run was kept")
+    workers = children_of(process.pid) if Path("/proc/self/task").is_dir() else []
+    process.send_signal(signal.SIGINT)
+    _, complaint = process.communicate(timeout=60)
+    kept = {p: p.stat().st_mtime_ns for p in folder.glob("run_*.json")}
+    return folder, command, kept, workers, (process.returncode, complaint)
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_what_is_done_and_leaves_nobody(killed):
+    _, _, kept, workers, (status, complaint) = killed
+    assert status == 130, complaint
+    assert complaint.strip().endswith("stopped")
+    assert 1 <= len(kept) < 6
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), "a worker is left over")
+
+
+@pytest.mark.slow
+def test_the_same_command_resumes_and_ends(killed):
+    """It leaves the kept runs alone, and predicts before it trains."""
+    folder, command, kept, _, _ = killed
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
+    assert len(list(folder.glob("run_*.json"))) == 7
+    (path,) = folder.glob("*/scale.trial.json")
+    found = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert [r["budget"] for r in found["runs"]] == sorted(r["budget"] for r in found["runs"])
+    for run in found["runs"]:
+        assert 6 * run["N"] * run["D"] == pytest.approx(run["budget"], rel=0.02)
+        assert 0 < run["loss"] < math.log(30)
+    held = found["held_out"]
+    assert held["predicted_at"] < held["runs"][0]["started"]
+    assert held["runs"][0]["D"] == held["D"]
+    assert kinds.as_text(found) in done.stdout
+    # a third time: nothing is trained, and the prediction keeps its time
+    files = {p: p.stat().st_mtime_ns for p in folder.glob("*_*.json")}
+    assert subprocess.run(command, capture_output=True, timeout=120).returncode == 0
+    assert {p: p.stat().st_mtime_ns for p in folder.glob("*_*.json")} == files
+    assert json.loads(path.read_text())["held_out"] == held
+
+
+@pytest.mark.slow
+def test_a_kept_run_is_what_training_gives(killed, prepared):
+    """Trained again by itself: the same loss, to the last bit (eager and one thread)."""
+    folder = killed[0]
+    kept = min((json.loads(p.read_text()) for p in folder.glob("run_*.json")), key=lambda k: k["result"]["steps"])
+    again = training.train_one(Config(**kept["config"]))
+    assert again["loss"] == kept["result"]["loss"]
+    assert again["N"] == kept["result"]["N"]
+
+
+def test_other_settings_code_or_data_make_other_runs(tmp_path):
+    """Where the data lies does not count."""
+    a, b = (study.RunCache(tmp_path, {"data": name}) for name in "ab")
+    cfg = asdict(Config(max_steps=5))
+    assert a.path("run", cfg) == a.path("run", cfg | {"data_dir": "elsewhere"})
+    assert len({a.path("run", cfg), b.path("run", cfg), a.path("plan", cfg), a.path("run", cfg | {"seed": 2})}) == 4
+
+
+def train_or_die(cfg: Config, path: Path) -> dict:
+    if cfg.max_steps == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return training.train_and_keep(cfg, path)
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_or_a_worker_that_is_killed_is_one_line(tiny_run, tmp_path):
+    """The worker's error names the model that it happened to, and the worker goes on; what is done is kept."""
+    good = Config(**tiny_run)
+
+    def use_pool() -> None:
+        with training.workers(1, 1) as pool:
+            bad = pool.submit(train_or_die, replace(good, learning_rate=1e30, grad_clip=0.0), tmp_path / "x")
+            with pytest.raises(UserError, match=r"n_embd=32, 6 steps.*finite"):
+                bad.result()
+            assert pool.submit(train_or_die, good, tmp_path / "y").result()["loss"] > 0
+            pool.submit(train_or_die, replace(good, max_steps=7), tmp_path / "z").result()
+
+    with pytest.raises(UserError, match=r"a worker process was killed.*to resume"):
+        use_pool()
+    assert [p.name for p in tmp_path.iterdir()] == ["y"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc, to find the workers")
+@pytest.mark.slow
+def test_killing_a_study_leaves_no_worker_running(tmp_path, root):
+    code = "import time\nfrom measure.scaling.training import workers\nif __name__ == '__main__':\n"
+    code += "    with workers(2, 1) as pool:\n        list(pool.map(time.sleep, [300, 300]))"
+    (tmp_path / "study.py").write_text(code)
+    process = subprocess.Popen([sys.executable, tmp_path / "study.py"], env=os.environ | {"PYTHONPATH": str(root)})
+    # two workers and multiprocessing's own resource tracker
+    started = wait_until(lambda: len(found := children_of(process.pid)) == 3 and found, "the workers do not start")
+    process.kill()
+    process.wait()
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started), "a worker is left running")
+
+
+def test_wrong_settings_are_one_line(tmp_path, monkeypatch):
+    places = [f"--out={tmp_path}", f"--keep={tmp_path}", f"--data_dir={tmp_path}"]
+    for flag, word in (
+        ("--budgets=1e9,many", "--budgets=1e10,2e10,4e10"),
+        ("--tokens_per_step=100", "--tokens_per_step=96"),
+        ("--sizes=2", "at least 3"),
+        ("--minutes=0", "above 0"),
+        ("--dataset=nothing", "prepare_data.py"),
+    ):
+        with pytest.raises(UserError, match=word):
+            study.command([flag, *places])
+    monkeypatch.setattr(study, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install scipy"):
+        study.command(["--quick", *places])

@@ -1,0 +1,187 @@
+"""measure/timing.py: what is timed is the training step, and all processes agree on how many steps that takes."""
+
+import json
+import random
+import time
+from dataclasses import asdict, replace
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+
+import train
+from configurator import Config
+from engine import parallel
+from engine.effective import effective
+from engine.journal import StepResult
+from engine.run import build
+from measure import timing
+
+CPU = torch.device("cpu")
+
+
+class FakeClock:
+    """A clock that only moves while the step runs, and a note of who was called in which order."""
+
+    def __init__(self, durations):
+        self.durations, self.now, self.calls, self.steps = durations, 0.0, [], []
+
+    def __call__(self) -> float:
+        self.calls.append("clock")
+        return self.now
+
+    def do_step(self, step: int) -> None:
+        self.calls.append("step")
+        self.steps.append(step)
+        self.now += self.durations[min(step, len(self.durations) - 1)]
+
+
+def timed(durations: list[float], steps: int = 1, min_timed: int = 1, **how) -> tuple[list[float], int]:
+    """time_steps where step i takes durations[i], and the last of them for ever."""
+    clock = FakeClock(durations)
+    seconds, warmup = timing.time_steps(clock.do_step, steps, min_timed, clock=clock, **how)
+    assert seconds == pytest.approx([durations[min(i, len(durations) - 1)] for i in range(len(seconds))])
+    return seconds, warmup
+
+
+def test_the_clock_is_read_right_before_and_right_after_each_step():
+    clock = FakeClock([9.0, 1.0])
+    seconds, _ = timing.time_steps(clock.do_step, 4, 1, clock=clock)
+    assert clock.calls == ["clock", "step", "clock"] * len(seconds)
+    assert clock.steps == list(range(len(seconds)))
+
+
+@pytest.mark.parametrize(
+    ("durations", "warmup"),
+    [
+        ([1, 1, 1, 1], 2),  # calm from the start: the second settles it, and the first two are not counted
+        ([60, 2, 1, 1], 3),
+        ([60, 1, 1.09, 1], 2),  # within a tenth
+        ([60, 1, 0.89, 0.89], 3),  # not within a tenth, in either direction
+        ([60, 1, 5, 1, 1], 4),  # an outlier during the warm-up: neither it nor the step behind it counts
+        ([60, 1, 1, 50, 1], 2),  # one behind it stays in
+        ([64, 32, 16, 8, 4, 2, 1], 5),  # never settles: five, and no more
+    ],
+)
+def test_the_warm_up_ends_when_a_step_takes_as_long_as_the_one_before(durations, warmup):
+    for steps, min_timed in ((1, 1), (9, 3)):
+        seconds, found = timed(durations, steps, min_timed)
+        assert found == warmup
+        assert len(seconds) == max(steps, warmup + min_timed)  # as many as are needed, and not one more
+
+
+def test_whatever_the_times_the_first_never_counts_and_enough_do():
+    for seed in range(40):
+        r = random.Random(seed)
+        durations = [r.choice([60.0, 1.0, 1.0, 1.02, 2.0]) for _ in range(30)]
+        steps, min_timed, most = r.randint(1, 12), r.randint(1, 6), r.randint(1, 8)
+        seconds, warmup = timed(durations, steps, min_timed, max_warmup=most)
+        assert 1 <= warmup <= most
+        assert len(seconds) >= steps
+        assert len(seconds) - warmup >= min_timed
+
+
+# ---- several processes --------------------------------------------------------------------------------------------------
+
+
+def time_skewed() -> tuple[int, list[float], int]:
+    """Time steps that exchange a number: by process 0's clock each takes 1 s, by the other's half as long as the one before."""
+    world = parallel.start(CPU)
+    now, durations = 0.0, [1.0] * 40 if world.rank == 0 else [2.0**-i for i in range(40)]
+    done = 0
+
+    def clock() -> float:
+        return now
+
+    def do_step(step: int) -> None:
+        nonlocal now, done
+        dist.all_reduce(torch.ones(1))  # as a training step: nobody gets beyond it alone
+        now += durations[step]
+        done += 1
+
+    seconds, warmup = timing.time_steps(do_step, 1, 1, clock=clock, slowest=timing.slowest(CPU))
+    parallel.stop()
+    return done, seconds, warmup
+
+
+def test_processes_with_different_clocks_take_equally_many_steps(tmp_path):
+    """Else one waits for ever in the exchange of a step that the other does not take."""
+    first, second = ranks.run(2, tmp_path, time_skewed)
+    assert first == second
+    assert first[1] == [1.0] * first[0]  # a step takes as long as its slowest process
+
+
+# ---- measuring ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cfg(tiny_run) -> Config:
+    return Config(**tiny_run)
+
+
+def test_train_step_itself_is_timed_and_nothing_else(cfg, monkeypatch):
+    """train.train_step sleeps for 40 ms, building and reading back for 250: the times are 40."""
+
+    def slow(function):
+        def slowly(*args):
+            time.sleep(0.25)
+            return function(*args)
+
+        return slowly
+
+    asked = []
+
+    def train_step(run, step):
+        asked.append(step)
+        time.sleep(0.04)
+        return StepResult(loss=1.0 + step, grad_norm=1.0, lr=0.0)
+
+    monkeypatch.setattr(train, "train_step", train_step)
+    monkeypatch.setattr(timing, "build", slow(build))
+    monkeypatch.setattr(timing, "effective", slow(effective))
+    found = timing.measure_steps(replace(cfg, prefetch=False), steps=5, min_timed=2)
+    assert "error" not in found
+    assert asked == list(range(len(found["step_s"])))
+    assert found["losses"] == [1.0 + step for step in asked]
+    assert all(t >= 0.04 for t in found["step_s"])
+    assert min(found["step_s"]) < 0.2  # the least: other programs run here, too
+    assert found["first_step_s"] == found["step_s"][0]
+    assert 1 <= found["warmup"] < len(asked)
+
+
+def test_the_losses_are_those_of_training_beside_what_was_on(cfg):
+    found = timing.measure_steps(cfg, steps=4, min_timed=1)
+    run = build(cfg)
+    assert found["losses"][:4] == [train.train_step(run, step).loss for step in range(4)]
+    assert "error" not in found
+    assert found["requested"] == asdict(run.cfg)
+    assert found["effective"] == effective(run)
+    json.dumps(found)
+
+
+def test_what_is_not_what_was_asked_is_an_error_in_a_dict(cfg, monkeypatch):
+    monkeypatch.setattr(timing, "mismatches", lambda run, on: ["compile=True was asked for", "so was dtype"])
+    found = timing.measure_steps(cfg, 1, 1)
+    assert found["error"] == "compile=True was asked for; so was dtype"
+    assert found["step_s"]  # what was measured stays visible
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
+    ],
+    ids=["gpu", "cpu"],
+)
+def test_running_out_of_memory_is_known_as_such(cfg, monkeypatch, error):
+    """Else the rung is left out of the table, where a smaller micro-batch for all would do."""
+
+    def train_step(run, step):
+        raise error
+
+    monkeypatch.setattr(train, "train_step", train_step)
+    found = timing.measure_steps(cfg, 1, 1)
+    assert found["out_of_memory"]
+    assert "memory" in found["error"]
