@@ -1,7 +1,7 @@
 """Is this run on track? The reference loss curve of a config, how it is recorded, and how a run is compared with it.
 
     config/shakespeare.curve.json     beside config/shakespeare.py: the mean training loss over a few seeds, and its band
-    python train.py config/shakespeare.py --record_curve      makes one (three whole runs)
+    python train.py config/shakespeare.py --record_curve      records one (three whole runs)
 
 A training loss is noisy from step to step, so both sides are means over `window` steps, compared every `window` steps.
 """
@@ -9,8 +9,6 @@ A training loss is noisy from step to step, so both sides are means over `window
 import json
 import math
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable
@@ -19,14 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import configurator
-from base.errors import UserError
-from base.files import ROOT, write_atomically
+from base import files, scripts
+from base.errors import UserError, printable
 from configurator import Config
+from corpus import shards
 from engine import machine
 
 SEEDS = 3
 POINTS = 40  # in a curve
-IN_A_ROW = 3  # checks outside the band before it is said why that might be
+IN_A_ROW = 3  # checks outside the band before possible causes are reported
+LARGEST_FILE, LONGEST_WINDOW = 2**20, 10**6  # of a curve: ours are a few KB and 500 steps
 
 # What decides the loss, in the order in which it is usually to blame.
 CAUSES = {
@@ -38,13 +38,8 @@ CAUSES = {
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "tie_weights", "init", "scale_residual_init")
 
 
-def path_of(config_file: str) -> Path:
-    """Where the curve of a config file lies."""
-    return Path(config_file).with_suffix(".curve.json")
-
-
 class Tracker:
-    """Compares a run with a curve as it goes."""
+    """Compares a run with a curve while it trains."""
 
     def __init__(self, cfg: Config, data_sha256: str):
         self.curve = read(Path(cfg.curve))
@@ -52,65 +47,66 @@ class Tracker:
         self.recent: deque[float] = deque(maxlen=self.curve["window"])
         self.points = {p["step"]: p for p in self.curve["train"]}
         self.validations = {p["step"]: p for p in self.curve["val"]}
-        self.off, self.told, self.side = 0, False, ""
+        self.side = ""  # of the curve, on which the last check of the training loss found the run
+        self.off = 0  # checks in a row outside the band
+        self.reported = False  # whether causes() has reported this time outside the band
 
     def unlike(self) -> list[str]:
-        """What makes the run another one than the curve's: then they are not compared."""
+        """The sizes in which the model is another one than the curve's: then the two are not compared."""
         recorded = self.curve["config"]
         return [f"{n}={recorded[n]!r}" for n in SHAPE if n in recorded and recorded[n] != self.settings[n]]
 
     def step(self, done: int, loss: float) -> str:
-        """After step `done`: the verdict, if this step is checked and the verdict is another than at the last check."""
+        """After step `done`: the verdict, if this step is checked and the run has changed sides since the last check."""
         self.recent.append(loss)
-        point = self.points.get(done)
-        if not point or len(self.recent) < self.curve["window"]:
+        point, window = self.points.get(done), self.curve["window"]
+        if not point or len(self.recent) < window:
             return ""
-        before, self.side = self.side, ""
-        verdict = self._judge(statistics.fmean(self.recent), point, "loss")
-        return verdict if self.side != before else ""
+        before, mean = self.side, statistics.fmean(self.recent)
+        self.side = self._check(mean, point)
+        if self.side == before:
+            return ""
+        found = f"mean of {window} {mean:.3f}, " if window > 1 else ""
+        return f"{self.side} ({found}{_expected(point)})"
 
     def validated(self, done: int, val_loss: float) -> str:
-        """The same for a validation, where the curve has one at this step."""
+        """The verdict on a validation, where the curve has one at this step."""
         point = self.validations.get(done)
-        return self._judge(val_loss, point, "val_loss") if point else ""
+        return f"{self._check(val_loss, point)} ({_expected(point)})" if point else ""
 
-    def _judge(self, found: float, point: dict, what: str) -> str:
-        within = (
-            abs(found - point["loss"]) <= point["band"] if not point.get("at_most") else found <= point["loss"] + point["band"]
-        )
-        self.off = 0 if within else self.off + 1
-        self.told = self.told and not within
-        side = "on track" if within else "BELOW the curve" if found < point["loss"] else "ABOVE the curve"
-        mean = f"mean of {self.curve['window']} {found:.3f}, " if what == "loss" and self.curve["window"] > 1 else ""
-        bound = "at most " if point.get("at_most") else ""
-        if what == "loss":
-            self.side = side
-        return f"{side} ({mean}expected {bound}{point['loss']:.3f} ± {point['band']:.3f})"
+    def _check(self, found: float, point: dict) -> str:
+        above = found > point["loss"] + point["band"]
+        below = found < point["loss"] - point["band"] and not point.get("at_most")
+        self.off = self.off + 1 if above or below or math.isnan(found) else 0
+        self.reported = self.reported and self.off > 0
+        return "BELOW the curve" if below else "ABOVE the curve" if self.off else "on track"
 
     def causes(self) -> str | None:
-        """Once three checks in a row lay outside the band: what might be to blame, the likely first. Told once for each time
+        """After three checks in a row outside the band: what might be the cause, the likely first. Reported once for each time
         that the run leaves the curve.
         """
-        if self.off < IN_A_ROW or self.told:
+        if self.off < IN_A_ROW or self.reported:
             return None
-        self.told = True
+        self.reported = True
         recorded, known = self.curve["config"], []
         for cause, names in CAUSES.items():
-            other = [
-                f"{n}={self.settings[n]!r}, there {recorded[n]!r}"
-                for n in names
-                if recorded.get(n, self.settings[n]) != self.settings[n]
-            ]
-            known += [f"{cause} ({'; '.join(other)})"] if other else []
+            other = [n for n in names if recorded.get(n, self.settings[n]) != self.settings[n]]
+            if other:
+                known.append(f"{cause} ({'; '.join(f'{n}={self.settings[n]!r}, there {recorded[n]!r}' for n in other)})")
         if self.curve["data_sha256"] not in (None, self.data_sha256):
             known.append("data (its sha256 is another)")
-        source = f"{self.curve['source']}, seeds {self.curve['seeds']}" if self.curve["seeds"] else self.curve["source"]
+        source = self.curve["source"] + (f", seeds {self.curve['seeds']}" if self.curve["seeds"] else "")
+        off = f"off track in {IN_A_ROW} checks in a row"
         if known:
-            return f"off track {IN_A_ROW} checks running; unlike the curve ({source}): {'; '.join(known)}"
-        return (
-            f"off track {IN_A_ROW} checks running with the curve's own settings ({source}): look at the learning rate "
-            f"(grad_norm in log.jsonl), the batch, the precision (try --dtype=float32), the data, in this order"
+            return printable(f"{off}; the run differs from the curve ({source}) in: {'; '.join(known)}")
+        return printable(
+            f"{off} with the curve's own settings ({source}): check the learning rate (grad_norm in log.jsonl), the batch, the "
+            f"precision (try --dtype=float32), the data, in this order"
         )
+
+
+def _expected(point: dict) -> str:
+    return f"expected {'at most ' if point.get('at_most') else ''}{point['loss']:.3f} ± {point['band']:.3f}"
 
 
 class Untracked:
@@ -127,7 +123,7 @@ class Untracked:
 
 
 def tracker(cfg: Config, data_sha256: str, say: Callable[[str], None]) -> Tracker | Untracked:
-    """What compares a run with its config's curve; says so if the curve was recorded with another model."""
+    """What compares a run with its config's curve. Reports it if the curve was recorded with another model."""
     if cfg.curve in ("", "off"):
         return Untracked()
     found = Tracker(cfg, data_sha256)
@@ -138,64 +134,58 @@ def tracker(cfg: Config, data_sha256: str, say: Callable[[str], None]) -> Tracke
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A curve file, checked. UserError in one line."""
+    """A curve file, checked: it may be untrusted. UserError in one line."""
     try:
-        curve = json.loads(path.read_text(encoding="utf-8"))
+        curve = json.loads(files.read_text(path, LARGEST_FILE))
         for point in [*curve["train"], *curve["val"]]:
             if not (type(point["step"]) is int and math.isfinite(point["loss"]) and point["band"] >= 0):
-                raise ValueError(f"no point of a curve: {point}")
-        if not (type(curve["window"]) is int and curve["window"] > 0 and isinstance(curve["config"], dict)):
+                raise ValueError(f"not a point of a curve: {point}")
+        if not (type(curve["window"]) is int and 0 < curve["window"] <= LONGEST_WINDOW and isinstance(curve["config"], dict)):
             raise ValueError("window or config")
         if not isinstance(curve["source"], str) or "data_sha256" not in curve or "seeds" not in curve:
             raise ValueError("source, seeds or data_sha256")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-        raise UserError(f"{path} is no loss curve ({type(e).__name__}: {e}): type --curve=off, or --record_curve") from None
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
+        raise UserError(f"{path} is not a loss curve ({type(e).__name__}: {e}): use --curve=off, or --record_curve") from None
     return curve
+
+
+# ---- recording --------------------------------------------------------------------------------------------------------
 
 
 def record(argv: list[str]) -> None:
     """Train a config once for each of a few seeds and write the curve beside it."""
-    files, _ = configurator.split_positional(Config(), argv)
+    names, _ = configurator.split_positional(Config(), argv)
     cfg = configurator.load(argv, __doc__)
-    if len(files) != 1:
-        raise UserError("a curve is recorded of a config file: type python train.py config/x.py --record_curve")
-    window = max(1, cfg.max_steps // POINTS)
-    losses, validations, sha256 = [], [], None
+    if len(names) != 1:
+        raise UserError("a curve is recorded of a config file: run python train.py config/x.py --record_curve")
+    sha256 = shards.open_dataset(Path(cfg.data_dir) / cfg.dataset).sha256
+    window, seeds = max(1, cfg.max_steps // POINTS), range(cfg.seed, cfg.seed + SEEDS)
+    losses, validations = [], []
     with tempfile.TemporaryDirectory() as folder:
-        for seed in range(cfg.seed, cfg.seed + SEEDS):
+        for seed in seeds:
             out = Path(folder, str(seed))
             one = replace(cfg, seed=seed, out_dir=str(out), curve="off", keep_checkpoints=1, resume=False)
             print(f"seed {seed}: {cfg.max_steps} steps")
-            flags = [f"--{name}={value}" for name, value in asdict(one).items()]
-            done = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags], capture_output=True, text=True)
-            if done.returncode:
-                raise UserError(f"seed {seed} ended with {done.returncode}: {(done.stderr.strip().splitlines() or [''])[0]}")
-            lines = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-            losses.append([r["loss"] for r in lines if "loss" in r])
-            validations.append({r["step"]: r["val_loss"] for r in lines if "val_loss" in r})
-            last = max(out.glob("step_*"))
-            sha256 = json.loads((last / "training.json").read_text(encoding="utf-8"))["data_sha256"]
-            recorded = json.loads((last / "config.json").read_text(encoding="utf-8"))
-    decides = [*SHAPE, *(name for names in CAUSES.values() for name in names)]
+            scripts.run("train.py", *configurator.flags(one))
+            log, _ = scripts.read_log(out)
+            losses.append([r["loss"] for r in log if "loss" in r])
+            validations.append({r["step"]: r["val_loss"] for r in log if "val_loss" in r})
+            resolved = next(r["config"] for r in log if r.get("event") == "start")
+    checked = range(window, cfg.max_steps + 1, window)
     curve = {
         "source": f"our own runs on {machine.hardware_name(machine.pick_device(cfg.device)).partition(',')[0]}",
-        "seeds": list(range(cfg.seed, cfg.seed + SEEDS)),
+        "seeds": list(seeds),
         "window": window,
         "data_sha256": sha256,
-        "config": {name: recorded[name] for name in decides},
-        "train": points(
-            {
-                step: [statistics.fmean(run[step - window : step]) for run in losses]
-                for step in range(window, cfg.max_steps + 1, window)
-            }
-        ),
+        "config": {name: resolved[name] for name in [*SHAPE, *(name for names in CAUSES.values() for name in names)]},
+        "train": points({step: [statistics.fmean(run[step - window : step]) for run in losses] for step in checked}),
         "val": points({step: [run[step] for run in validations] for step in validations[0]}),
     }
-    path = path_of(files[0])
+    path = configurator.find_file(names[0]).with_suffix(".curve.json")
     rows = {k: "[\n  " + ",\n  ".join(map(json.dumps, curve[k])) + "\n ]" for k in ("train", "val")}  # a point a line
     text = ",\n".join(f" {json.dumps(k)}: {rows.get(k) or json.dumps(v)}" for k, v in curve.items())
-    write_atomically(path, f"{{\n{text}\n}}\n".encode())
-    print(f"wrote {path}: from now on a run of {files[0]} says whether it is on track")
+    files.write_atomically(path, f"{{\n{text}\n}}\n".encode())
+    print(f"wrote {path}: from now on a run of {names[0]} reports whether it is on track")
 
 
 def points(found: dict[int, list[float]]) -> list[dict]:

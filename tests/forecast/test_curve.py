@@ -1,9 +1,8 @@
-"""curve.py: a run like those that were recorded is on track, another one is not, and is told why."""
+"""forecast.curve: a run like those that were recorded is on track; another one is not, and the causes are reported."""
 
 import json
+import os
 import statistics
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,16 +33,24 @@ def written(cfg):
     return write
 
 
-@pytest.mark.parametrize(("loss", "said"), [(3.09, "on track"), (3.11, "ABOVE"), (2.89, "BELOW"), (2.91, "on track")])
-def test_the_mean_over_the_window_is_compared(cfg, written, loss, said):
+@pytest.mark.parametrize(("loss", "side"), [(3.09, "on track"), (3.11, "ABOVE"), (2.89, "BELOW"), (float("nan"), "ABOVE")])
+def test_the_mean_over_the_window_is_compared(cfg, written, loss, side):
     """The step at the point and the one before it, at equal distances from `loss`."""
     written()
     track = curve.Tracker(cfg, "d")
     assert track.step(8, 100.0) == ""
     assert track.step(9, loss - 1) == ""
-    assert said in track.step(10, loss + 1)
-    assert f"expected 3.000 ± 0.100) {track.verdict.partition(') ')[2]}" in track.verdict
-    assert track.step(11, 50.0) == track.verdict  # until the next point
+    verdict = track.step(10, loss + 1)
+    assert side in verdict
+    assert f"(mean of 2 {loss:.3f}, expected 3.000 ± 0.100)" in verdict
+    assert track.step(11, 50.0) == ""  # no point of the curve
+
+
+def test_a_verdict_comes_only_when_it_changes(cfg, written):
+    written(train=[POINT | {"step": s} for s in range(1, 9)], window=1)
+    track = curve.Tracker(cfg, "d")
+    sides = [track.step(step, loss).partition(" (")[0] for step, loss in enumerate([3.0, 3.05, 9.0, 8.0, 0.1, 0.2, 3.0], 1)]
+    assert sides == ["on track", "", "ABOVE the curve", "", "BELOW the curve", "", "on track"]
 
 
 def test_a_bound_is_only_crossed_upwards(cfg, written):
@@ -87,34 +94,50 @@ def test_points_are_means_with_a_band_for_one_more_seed():
     assert found[0]["band"] == pytest.approx(3 * statistics.stdev([1, 2, 3]) * (4 / 3) ** 0.5, abs=1e-4)
 
 
+POINTS = '"val": [], "seeds": [], "data_sha256": null, "config": {}, "source": "x"'
+
+
 @pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"train": 3}', '{"train": [{"step": 1.5, "loss": 1, "band": 1}], "val": []}', "[" * 10**5]
+    "content",
+    [
+        *("", "[]", "{}", '{"train": 3}', "[" * 10**5, " " * 2**21),
+        '{"train": [{"step": 1.5, "loss": 1, "band": 1}], "val": []}',
+        '{"train": [], "window": 1' + "0" * 30 + ", " + POINTS + "}",
+        '{"train": [{"step": 1, "loss": 1' + "0" * 400 + ', "band": 1}], "window": 1, ' + POINTS + "}",
+    ],
 )
-def test_a_file_that_is_no_curve_is_refused_in_one_line(tmp_path, content):
+def test_a_file_that_is_not_a_curve_is_refused_in_one_line(tmp_path, content):
     path = tmp_path / "x.curve.json"
     path.write_text(content, encoding="utf-8")
-    with pytest.raises(UserError, match=r"x\.curve\.json is no loss curve") as e:
+    with pytest.raises(UserError, match=r"x\.curve\.json is not a loss curve") as e:
         curve.read(path)
     assert "\n" not in str(e.value)
 
 
-def test_a_recorded_curve_knows_its_own_kind(cfg, root, tmp_path, tiny_run):
-    """Three runs are recorded; a fourth seed is on track, a tenth of the learning rate is not and hears why."""
+def test_a_curve_that_never_ends_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "x.curve.json")
+    with pytest.raises(UserError, match="not a regular file"):
+        curve.read(tmp_path / "x.curve.json")
+
+
+@pytest.mark.slow
+def test_a_recorded_curve_knows_its_own_kind(run_script, tmp_path, tiny_run):
+    """Three runs are recorded; a fourth seed is on track, a tenth of the learning rate is not and reports why."""
     file = tmp_path / "mine.py"
     settings = tiny_run | dict(max_steps=80, eval_interval=40)
     file.write_text(f"from configurator import Config\nconfig = Config(**{settings!r})\n", encoding="utf-8")
 
     def run(*flags: str) -> str:
-        command = [sys.executable, "train.py", str(file), *flags, f"--out_dir={tmp_path / 'out'}"]
-        done = subprocess.run(command, cwd=root, capture_output=True, encoding="utf-8", check=True)
+        done = run_script("train.py", file, *flags, f"--out_dir={tmp_path / flags[0]}")
+        assert done.returncode == 0, done.stderr
         return done.stdout
 
     assert "wrote" in run("--record_curve")
     fourth = run("--seed=99")
-    assert fourth.count("on track") > 3
+    assert "on track" in fourth
     assert "off track" not in fourth
     slow = run("--seed=98", "--learning_rate=1e-3", "--min_lr=1e-4")
     assert "ABOVE the curve" in slow
-    assert slow.count("off track 3 checks running; unlike the curve") == 1
+    assert slow.count("off track in 3 checks in a row; the run differs from the curve") == 1
     assert "learning rate (learning_rate=0.001, there 0.01" in slow
     assert "recorded with n_embd=32" in run("--n_embd=16")
