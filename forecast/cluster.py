@@ -1,13 +1,12 @@
-"""Training on more GPUs than there are here, on paper: the numbers of docs/scale.md.
+"""Training on more GPUs than there are here, on paper: the generated tables of docs/many_gpus.md.
 
-    python cluster.py                                   compute the generated blocks of docs/scale.md anew
-    python cluster.py --check                           exit with 1 if they are not what this program computes
-    python cluster.py --network_gb_s=25 --tree=False    the same tables for other assumptions, to the terminal only
+    python -m forecast.cluster                                   write the tables of docs/many_gpus.md again
+    python -m forecast.cluster --check                           exit with 1 if they are not what this program computes
+    python -m forecast.cluster --network_gb_s=25 --tree=False    print them for other assumptions
 
 Arithmetic alone: one GPU's rate, link speeds and GPT-2's shapes in; step times, memory and failures out.
 """
 
-import inspect
 import math
 import re
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 import configurator
 from base import errors
 from base.errors import UserError
+from base.files import ROOT, write_atomically
 from configurator import Config, GPTConfig
 from model import GPT2_SIZES
 from report import render, results
@@ -25,32 +25,56 @@ from report.render import Table
 
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
-    """What is assumed, each with its source. docs/scale.md lists these lines as they stand."""
+    """What is assumed, each with its source, as --help prints them."""
 
-    check: bool = False  # only compare docs/scale.md with what is computed
-    tokens_per_step: int = Config.tokens_per_step  # where a GPU got no equal share: the smallest multiple that gives it one
-    sequence_length: int = 1024  # T
-    batch_size: int = Config.batch_size  # the largest micro-batch; 16 sequences of 1,024 fit at every size
-    target_tokens: float = 10e9  # of the run whose hours are shown: the 10B of the public reproductions
-    tokens_per_s: float = 0.0  # of the 124M on one GPU; 0: the best of results/ on a GPU, or else the public figure
-    memory_gb: float = 141.0  # of one GPU: H200 data sheet
-    memory_tb_s: float = 4.3  # at which the optimizer streams: an H200 measured by others (data sheet 4.8)
-    gpus_per_node: int = 8  # joined by NVLink, each with a network card of its own: HGX H200
-    nvlink_gb_s: float = 450.0  # each way, per GPU: H200 data sheet, 900 both ways
-    nvlink_achieved: float = 0.82  # NCCL: 370 of 450, by its maintainer in nccl-tests issue 212
-    network_gb_s: float = 50.0  # each way, per GPU: InfiniBand NDR, 400 Gb/s
-    network_achieved: float = 0.94  # NCCL: 46 to 48 of 50, by its maintainer in nccl-tests issue 290
-    nvlink_hop_us: float = 1.9  # latency of a ring's step: NCCL's cost model, src/graph/tuning.cc, protocol LL128
-    network_hop_us: float = 4.0  # the same table, between nodes
-    tree_hop_us: float = 8.5  # the same table, one level of a tree between nodes
-    tree: bool = True  # between nodes an all-reduce takes a tree where that is faster than a ring, as NCCL does
-    pipelined: bool = True  # the slower of NVLink and network decides; False: one after the other
-    bucket_mb: float = 25.0  # MiB: DistributedDataParallel's default
-    backward_share: float = 2 / 3  # of a micro-step, two of three matmuls: the time in which gradients travel
-    logits_bytes: float = 12.0  # per logit at the worst moment: three fp32 numbers, eager, measured (compiled 2, on a CPU)
-    gpu_mtbf_hours: float = 50_677.0  # Llama 3 paper: 419 interruptions in 54 days of 16,384 H100
-    checkpoint_s: float = 30.0  # training stands still: 1558M's 18.7 GB at 0.6 GB/s, a guess
-    restart_s: float = 900.0  # 10 minutes until a stuck process is noticed, 5 to start, load and compile: a guess
+    check: bool = False
+    """only compare docs/many_gpus.md with what is computed"""
+    tokens_per_step: int = Config.tokens_per_step
+    """where a GPU got no equal share: the smallest multiple that gives it one"""
+    sequence_length: int = 1024
+    """T"""
+    batch_size: int = Config.batch_size
+    """the largest micro-batch; 16 sequences of 1,024 fit at every size"""
+    target_tokens: float = 10e9
+    """of the run whose hours are shown: the 10B of the public reproductions"""
+    tokens_per_s: float = 0.0
+    """of the 124M on one GPU; 0: the best of results/ on a GPU, or else the public figure"""
+    memory_gb: float = 141.0
+    """of one GPU: H200 data sheet"""
+    memory_tb_s: float = 4.3
+    """at which the optimizer streams: an H200 measured by others (data sheet 4.8)"""
+    gpus_per_node: int = 8
+    """joined by NVLink, each with a network card of its own: HGX H200"""
+    nvlink_gb_s: float = 450.0
+    """each way, per GPU: H200 data sheet, 900 both ways"""
+    nvlink_achieved: float = 0.82
+    """NCCL: 370 of 450, by its maintainer in nccl-tests issue 212"""
+    network_gb_s: float = 50.0
+    """each way, per GPU: InfiniBand NDR, 400 Gb/s"""
+    network_achieved: float = 0.94
+    """NCCL: 46 to 48 of 50, by its maintainer in nccl-tests issue 290"""
+    nvlink_hop_us: float = 1.9
+    """latency of a ring's step: NCCL's cost model, src/graph/tuning.cc, protocol LL128"""
+    network_hop_us: float = 4.0
+    """the same table, between nodes"""
+    tree_hop_us: float = 8.5
+    """the same table, one level of a tree between nodes"""
+    tree: bool = True
+    """between nodes an all-reduce takes a tree where that is faster than a ring, as NCCL does"""
+    pipelined: bool = True
+    """the slower of NVLink and network decides; False: one after the other"""
+    bucket_mb: float = 25.0
+    """MiB: DistributedDataParallel's default"""
+    backward_share: float = 2 / 3
+    """of a micro-step, two of three matmuls: the time in which gradients travel"""
+    logits_bytes: float = 12.0
+    """per logit at the worst moment: three fp32 numbers, eager, measured (compiled 2, on a CPU)"""
+    gpu_mtbf_hours: float = 50_677.0
+    """Llama 3 paper: 419 interruptions in 54 days of 16,384 H100"""
+    checkpoint_s: float = 30.0
+    """training stands still: 1558M's 18.7 GB at 0.6 GB/s, a guess"""
+    restart_s: float = 900.0
+    """10 minutes until a stuck process is noticed, 5 to start, load and compile: a guess"""
 
     def __post_init__(self):
         configurator.check_types(vars(self), Assumptions)
@@ -62,6 +86,7 @@ class Assumptions:
 
 
 NAMES = {"gpt2": "124M", "gpt2-medium": "350M", "gpt2-large": "774M", "gpt2-xl": "1558M"}
+DOCUMENT = "docs/many_gpus.md"
 GPUS, ENGINES = (1, 8, 64, 1024), ("ddp", "zero1", "fsdp")
 H200, H100 = 498e3, 466e3  # tokens/s of the 124M at T=1024 on one of them: the best public figures
 FP32 = 4  # bytes; a parameter has four such numbers: weight, gradient, two moments
@@ -75,7 +100,7 @@ def shape(size: str, T: int = 1024) -> GPTConfig:
 
 
 def parameters(cfg: GPTConfig) -> tuple[int, int]:
-    """(of all blocks, of the rest: embeddings, tied to the head, and the last norm)."""
+    """(of all blocks, of the rest: embeddings, tied to the head, and the last norm), with biases."""
     C = cfg.n_embd
     return cfg.n_layer * (12 * C**2 + 13 * C), (cfg.padded_vocab_size + cfg.block_size + 2) * C
 
@@ -83,7 +108,7 @@ def parameters(cfg: GPTConfig) -> tuple[int, int]:
 def activation_bytes(cfg: GPTConfig, T: int) -> int:
     """What forward keeps of a sequence for backward, without logits: eager, bf16 autocast, flash attention, no dropout.
 
-    tests/test_cluster.py compares it with what torch saves.
+    tests/forecast/test_cluster.py compares it with what torch saves.
     """
     L, C, H = cfg.n_layer, cfg.n_embd, cfg.n_head
     norm = 4 * C + 8 + 2 * C  # the residual stream it reads, fp32; its mean and 1/σ; what it hands to a matmul, bf16
@@ -197,24 +222,29 @@ def failures(save: float, mtbf: float, restart: float) -> tuple[float, ...]:
 # ---- the generated blocks ---------------------------------------------------------------------------------------------
 
 
-def steps_table(a: Assumptions, size: str, flops: float, source: str) -> list[render.Block]:
-    rows, raised, one = [], "", step(a, size, "ddp", 1, flops)
-    for n, engine in [(n, e) for n in GPUS for e in ENGINES if n > 1 or e == "ddp"]:
-        s = step(a, size, engine, n, flops)
-        if s.tokens != a.tokens_per_step:
-            raised = f"{a.tokens_per_step // a.sequence_length:,} sequences give {n:,} GPUs no equal shares: their steps have "
-            raised += f"{s.tokens:,} tokens instead of {a.tokens_per_step:,}, WHICH IS ANOTHER TRAINING RUN."
+def steps_table(a: Assumptions, flops: float) -> Table:
+    rows = []
+    for size, n, engine in [(size, n, e) for size in NAMES for n in GPUS for e in ENGINES if n > 1 or e == "ddp"]:
+        s, one = step(a, size, engine, n, flops), step(a, size, "ddp", 1, flops)
         expected, least, most = s.seconds()
         share = [f"{s.tokens / t / n * one.seconds()[0] / one.tokens:.0%}" for t in (expected, most, least)]
         parts = [results.ms(t) if t else "–" for t in (s.compute, s.optimizer, s.communication, s.exposed)]
-        row = [f"{n:,}", engine if n > 1 else "any", f"{s.tokens:,}", f"{s.micro_batch} × {s.accumulation}", *parts]
+        tokens = f"{s.tokens:,}" + (" ‡" if s.tokens != a.tokens_per_step else "")
+        row = [NAMES[size], f"{n:,}", engine if n > 1 else "any", tokens, f"{s.micro_batch} × {s.accumulation}", *parts]
         row += [f"{results.ms(expected)} [{results.ms(least)}, {results.ms(most)}]", f"{s.tokens / expected:,.0f}"]
         rows.append([*row, f"{share[0]} [{share[1]}, {share[2]}]", f"{a.target_tokens / s.tokens * expected / 3600:.2g}"])
-    head = ["GPUs", "parallel", "tokens/step", "B × micro-steps", "compute, ms †", "optimizer, ms", "communication, ms"]
+    head = [
+        "model",
+        "GPUs",
+        "parallel",
+        "tokens/step",
+        "B × micro-steps",
+        "compute, ms †",
+        "optimizer, ms",
+        "communication, ms",
+    ]
     head += ["exposed, ms †", "step, ms [bounds] †", "tokens/s †", "efficiency [bounds] †"]
-    here = f"{flops / 1e12:.0f} TFLOP/s, {flops / shape(size).flops_per_token(a.sequence_length):,.0f} tokens/s of this size"
-    table = Table([*head, f"hours for {a.target_tokens / 1e9:g}B tokens †"], rows, left=(0, 1))
-    return [table, *([raised] if raised else []), f"† {source}; by operations {here}."]
+    return Table([*head, f"hours for {a.target_tokens / 1e9:g}B tokens †"], rows, left=(0, 2))
 
 
 def memory_table(a: Assumptions, flops: float) -> Table:
@@ -276,42 +306,44 @@ def failures_table(a: Assumptions, flops: float) -> Table:
 def blocks(a: Assumptions, root: Path) -> dict[str, list[render.Block]]:
     """{name of a generated block: what is in it}."""
     flops, source = one_gpu(a, root)
-    lines = re.findall(r"^    (\w+): \w+ = (.+?)  # (.+)$", inspect.getsource(Assumptions), re.MULTILINE)
-    value = {name: f"{getattr(Assumptions, name):,.6g}" if "." in text else text for name, text, _ in lines}
-    listed = [[f"--{name}", value[name], why] for name, _, why in lines[1:]]
-    found = {size: steps_table(a, size, flops, source) for size in NAMES}
-    found |= {"memory": [memory_table(a, flops)], "checks": [checks_table(a)]}
-    found["failures"] = [failures_table(a, flops), f"† {source}."]
-    return found | {"assumptions": [Table(["flag", "default", "what, and from where"], listed, left=(0, 2))]}
+    origin = f"† {source}; by operations {flops / 1e12:.0f} TFLOP/s."
+    shares = (
+        f"‡ {a.tokens_per_step // a.sequence_length:,} sequences give these GPUs no equal shares. Their larger step is another "
+    )
+    shares += "training run."
+    return {
+        "steps": [steps_table(a, flops), origin, shares],
+        "memory": [memory_table(a, flops)],
+        "checks": [checks_table(a)],
+        "failures": [failures_table(a, flops), origin],
+    }
 
 
 def generated(text: str, found: dict[str, list[render.Block]]) -> str:
-    """The text with each part between `<!-- cluster.py NAME -->` and `<!-- end -->` made anew."""
-    how = {Table: render.markdown_table, str: render.in_markdown}
+    """The text with each part between `<!-- cluster NAME -->` and `<!-- end -->` written again."""
     for name, parts in found.items():
-        fresh = f"<!-- cluster.py {name} -->\n" + "\n\n".join(how[type(p)](p) for p in parts) + "\n<!-- end -->"
-        pattern = rf"<!-- cluster\.py {name} -->\n((?!<!-- cluster).)*?<!-- end -->"  # never over the next one's begin
+        fresh = f"<!-- cluster {name} -->\n{render.markdown(parts)}\n<!-- end -->"
+        pattern = rf"<!-- cluster {name} -->\n((?!<!-- cluster).)*?<!-- end -->"  # never over the next one's begin
         text, times = re.subn(pattern, lambda _, new=fresh: new, text, flags=re.DOTALL)
         if times != 1:
-            raise UserError(f"docs/scale.md must have <!-- cluster.py {name} --> … <!-- end --> once, it has it {times} times")
+            raise UserError(f"{DOCUMENT} must have <!-- cluster {name} --> … <!-- end --> once, it has it {times} times")
     return text
 
 
-def main(argv: list[str], root: Path = Path(__file__).parent) -> None:
-    a, path = configurator.parse(Assumptions(), argv, __doc__), root / "docs" / "scale.md"
+def main(argv: list[str], root: Path = ROOT) -> None:
+    a, path = configurator.parse(Assumptions(), argv, __doc__), root / DOCUMENT
     found = blocks(a, root)
     if not a.check and a != Assumptions():
-        for name, parts in found.items():
-            print(f"== {name}", *(render.text_table(p) if isinstance(p, Table) else p for p in parts), sep="\n\n", end="\n\n")
+        print("\n\n".join(f"== {name}\n\n{render.text(parts)}" for name, parts in found.items()))
         return
     text = path.read_text(encoding="utf-8")
     fresh = generated(text, found)
     if a.check and fresh != text:
-        print("error: docs/scale.md is not what cluster.py computes: type python cluster.py", file=sys.stderr)
+        print(f"error: {DOCUMENT} is not what forecast.cluster computes: run python -m forecast.cluster", file=sys.stderr)
         sys.exit(1)
     if fresh != text:
-        path.write_text(fresh, encoding="utf-8")
-        print("wrote docs/scale.md")
+        write_atomically(path, fresh.encode())
+        print(f"wrote {DOCUMENT}")
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ class Fused(TorchFunctionMode):
     """Replaces operators by ones that allocate and keep what a GPU's kernels, or compiled code, allocate and keep.
 
     Seen in inductor's code (torch 2.13). What else the compiler fuses changes little: of a block it keeps as many bytes a token
-    as eager code does (36 C + 4 H + 16 in bf16, see docs/scale.md).
+    as eager code does (36 C + 4 H + 16 in bf16, see docs/many_gpus.md).
     """
 
     def __init__(self, cfg: Config):

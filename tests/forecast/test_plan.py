@@ -103,7 +103,7 @@ def test_kinds_have_the_sizes_that_can_be_told_without_following_anything():
     assert found["weights"] == 4 * P
     assert found["AdamW's moments"] == 8 * P + 4 * len(list(GPT(cfg).parameters()))  # and a counter each
     assert found["16-bit weights"] == 2 * 12 * cfg.n_layer * cfg.n_embd**2  # of the blocks: the head's are freed by then
-    kept = cfg.batch_size * cluster.activation_bytes(cfg, cfg.T)  # the formula of docs/scale.md
+    kept = cfg.batch_size * cluster.activation_bytes(cfg, cfg.T)  # the formula of docs/many_gpus.md
     assert 0.95 * kept < found["activations"] < 1.1 * kept  # the peak lies a little behind the end of forward
 
 
