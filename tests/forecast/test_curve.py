@@ -128,7 +128,7 @@ def test_a_recorded_curve_knows_its_own_kind(run_script, tmp_path, tiny_run):
     file.write_text(f"from configurator import Config\nconfig = Config(**{settings!r})\n", encoding="utf-8")
 
     def run(*flags: str) -> str:
-        done = run_script("train.py", file, *flags, f"--out_dir={tmp_path / flags[0]}")
+        done = run_script("train.py", file, *flags, f"--out_dir={tmp_path / flags[0]}", timeout=600)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
