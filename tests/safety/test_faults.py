@@ -1,4 +1,4 @@
-"""faults.py: what CI does of it at every change, and that its own verdicts can fail."""
+"""tests/faults.py: the part of it that CI runs at every change, and that its own verdicts can fail."""
 
 import dataclasses
 import json
@@ -10,17 +10,20 @@ from pathlib import Path
 
 import faults
 import pytest
+from rig.processes import Done, Failed, clean
+from rig.runs import STEPS, Box, Stage, log
 
 from report import kinds
 
 
 @pytest.fixture(scope="module")
 def stage():
-    stage = faults.Stage()
+    stage = Stage()
     yield stage
     stage.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("id", faults.QUICK)
 def test_a_fault_in_a_quick_form(stage, id):
     """One place each; `python tests/faults.py` does them all, at several."""
@@ -35,18 +38,18 @@ def test_there_are_33_and_the_quick_ones_are_among_them():
 
 # ---- the judge --------------------------------------------------------------------------------------------------------
 
-GOOD = faults.Done(2, 3.0, {0: ("", "error: model.safetensors is damaged\n")}, [])
+GOOD = Done(2, 3.0, {0: ("", "error: model.safetensors is damaged\n")}, [])
 TRACEBACK = "Traceback (most recent call last):\n  File …\nKeyError: 'step'\n"
 
 
-def with_error(text: str) -> faults.Done:
+def with_error(text: str) -> Done:
     return dataclasses.replace(GOOD, texts={0: ("", text)})
 
 
 def test_a_clean_failure_is_one():
-    assert faults.clean(GOOD, "model.safetensors") == "model.safetensors is damaged"
+    assert clean(GOOD, "model.safetensors") == "model.safetensors is damaged"
     both = {rank: ("", f"[rank {rank}] error: step 3: no\n[W1120 07:00:00.000 socket.cpp:1] retrying\n") for rank in range(2)}
-    assert faults.clean(dataclasses.replace(GOOD, texts=both), "step 3") == "step 3: no"
+    assert clean(dataclasses.replace(GOOD, texts=both), "step 3") == "step 3: no"
 
 
 @pytest.mark.parametrize(
@@ -64,13 +67,13 @@ def test_a_clean_failure_is_one():
     ],
 )
 def test_any_other_failure_is_not(done, why):
-    with pytest.raises(faults.Failed, match=why):
-        faults.clean(done, "model.safetensors")
+    with pytest.raises(Failed, match=why):
+        clean(done, "model.safetensors")
 
 
 def test_what_a_process_leaves_behind_is_found_and_killed(stage):
     """Also in another session, whose parent has ended."""
-    box = faults.Box(stage, "orphan")
+    box = Box(stage, "orphan")
     script = box.folder / "parent.py"
     script.write_text(
         "import subprocess, sys\n"
@@ -96,24 +99,25 @@ def test_what_a_process_leaves_behind_is_found_and_killed(stage):
 
 
 def test_a_process_that_does_not_end_has_failed(stage):
-    box = faults.Box(stage, "endless")
+    box = Box(stage, "endless")
     process = box.start(["-c", "import time; time.sleep(100)"])
-    with pytest.raises(faults.Failed, match="still running 1 s later"):
+    with pytest.raises(Failed, match="still running 1 s later"):
         process.wait(1)
     assert process.popen.returncode == -signal.SIGKILL
     box.close()
 
 
+@pytest.mark.slow
 def test_two_runs_that_differ_are_told_apart(stage):
     """G2 is not what any two runs have."""
-    box = faults.Box(stage, "differ")
+    box = Box(stage, "differ")
     whole = box.whole()
-    other = box.copy_of(whole, "other", upto=faults.STEPS)
+    other = box.copy_of(whole, upto=STEPS)
     box.same(whole, other)
     path = other / "log.jsonl"
-    loss = next(r["loss"] for r in faults.log(other) if r.get("step") == 20 and "loss" in r)
+    loss = next(r["loss"] for r in log(other) if r.get("step") == 20 and "loss" in r)
     path.write_text(path.read_text().replace(repr(loss), repr(loss * (1 + 2**-50))))
-    with pytest.raises(faults.Failed, match="NOT G2: step 20"):
+    with pytest.raises(Failed, match="NOT G2: step 20"):
         box.same(whole, other)
     box.close()
 
@@ -121,6 +125,7 @@ def test_two_runs_that_differ_are_told_apart(stage):
 # ---- the scorecard ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_the_readme_shows(tmp_path, root):
     """With one fault: the status is that of the faults, the JSON makes a table, nothing but the asked file is written."""
     command = [sys.executable, str(root / "tests" / "faults.py"), "F31", "--quick", f"--out={tmp_path}/faults.json"]
