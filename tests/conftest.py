@@ -28,7 +28,7 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def root() -> Path:
-    """The repository's root, where the scripts lie."""
+    """The repository's root, with the scripts."""
     return ROOT
 
 

@@ -1,5 +1,5 @@
-"""Processes of one training run, placed as torchrun would place them, without the seconds in which each imports torch: they
-are forked off a server process that has imported everything and done nothing.
+"""Processes of one training run with the environment that torchrun would give them, without the seconds in which each imports
+torch: they are forked from a server process that has imported everything and run nothing.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 
 @dataclass
 class Rank:
-    """One process, and after it what is left of it."""
+    """One process, and after its end what it has left."""
 
     process: multiprocessing.Process
     folder: Path
@@ -66,7 +66,7 @@ def _enter(job: Callable, args: tuple, number: int, folder: Path, env: dict[str,
     sys.stdout, sys.stderr = (open(n, "w", encoding="utf-8", buffering=1, closefd=False) for n in (1, 2))
     os.environ.update(env)
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))  # not what machine.limit_memory() has left to the tests' own process
+    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))  # not what machine.limit_memory() set in the tests' own process
     torch.set_num_threads(1)
     try:
         value = pickle.dumps(job(*args))
@@ -81,7 +81,7 @@ def _enter(job: Callable, args: tuple, number: int, folder: Path, env: dict[str,
 def _server() -> multiprocessing.context.BaseContext:
     context = multiprocessing.get_context("forkserver")
     if forkserver._forkserver._forkserver_pid is None:
-        path = os.environ.get("PYTHONPATH")  # the server of Python 3.11 and 3.12 is not told of sys.path
+        path = os.environ.get("PYTHONPATH")  # the server of Python 3.11 and 3.12 does not get sys.path
         os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE), *([path] if path else [])])
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         context.set_forkserver_preload(["train", "safety.prove", "torch._dynamo", "pytest", "hypothesis"])
@@ -129,8 +129,8 @@ def wait(ranks: list[Rank], timeout: float = 60.0) -> None:
     deadline = time.monotonic() + timeout
     for r in ranks:
         r.process.join(max(0.0, deadline - time.monotonic()))
-        said = "\n".join(f"--- {x.number}: {x.status}\n{x.stdout}{x.stderr}" for x in ranks)
-        assert r.status is not None, f"process {r.number} has not ended after {timeout} s:\n{said}"
+        output = "\n".join(f"--- {x.number}: {x.status}\n{x.stdout}{x.stderr}" for x in ranks)
+        assert r.status is not None, f"process {r.number} has not ended after {timeout} s:\n{output}"
 
 
 def run(count: int, folder: Path, job: Callable, *args: Any, timeout: float = 60.0, **how: Any) -> list[Any]:

@@ -223,9 +223,9 @@ def test_mfu_is_flops_done_over_peak(cfg, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("step", [1, 3, 5])
-def test_a_signal_saves_and_resuming_is_as_if_it_had_not_come(cfg, uninterrupted, interrupt, number, step):
-    """The step at which it comes is finished and saved: every step is in the log once, and all is equal in hex. In the first
-    step, which compiles, it is not waited for: nothing is lost."""
+def test_a_signal_saves_and_the_resumed_run_is_the_uninterrupted_one(cfg, uninterrupted, interrupt, number, step):
+    """The step is finished and saved: every step is in the log once, and all is equal bit for bit. The first step, which may
+    compile, is not finished: nothing is lost."""
     interrupt(step, lambda: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as e:
         train.train(cfg)
@@ -290,7 +290,7 @@ def test_a_real_process_is_stopped_by_ctrl_c(cfg, root):
 
 @pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_a_time_limit_saves_and_the_run_continues_later(cfg, tmp_path, uninterrupted, capsys, parallel):
-    """As on a cluster that gives an hour at a time: no error, and as if it had not been (here with two processes as well)."""
+    """As on a cluster that gives an hour at a time: no error, and the same run in the end (with two processes as well)."""
     cfg = replace(cfg, parallel=parallel)
     short = replace(cfg, max_minutes=1e-6)
     if parallel == "ddp":
@@ -346,7 +346,7 @@ def test_a_run_that_torchrun_restarts_resumes(cfg, uninterrupted, interrupt, mon
 
 @pytest.mark.parametrize("at", [3, 6])
 def test_a_signal_does_not_wait_for_a_validation(cfg, uninterrupted, monkeypatch, at):
-    """Which may take longer than whoever sent it; the step before it is saved, also where it was the last."""
+    """Which may take longer than the sender waits; the step before it is saved, also if it was the last."""
     plain, seen = evaluate.data.validation_batches, []
 
     def batches(*args):
@@ -372,7 +372,7 @@ def test_a_signal_does_not_wait_for_a_validation(cfg, uninterrupted, monkeypatch
 
 @pytest.mark.slow
 def test_it_trains_without_the_optional_packages(run_script, tiny_flags, tmp_path):
-    """wandb, datasets, transformers and matplotlib raise ImportError; the script's own output says where things went."""
+    """wandb, datasets, transformers and matplotlib raise ImportError; and the output is complete."""
     for package in ("wandb", "datasets", "transformers", "matplotlib"):
         (tmp_path / f"{package}.py").write_text("raise ImportError('not installed')\n")
     done = run_script("train.py", *tiny_flags, f"--out_dir={tmp_path}/run", env={"PYTHONPATH": str(tmp_path)})

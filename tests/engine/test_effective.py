@@ -143,7 +143,7 @@ def test_the_second_run_of_a_process_is_seen_to_be_compiled_as_well(cfg, monkeyp
 
 @pytest.mark.parametrize("scope", ["model", "block"])
 def test_a_second_run_that_falls_back_to_eager_is_found_out(cfg, monkeypatch, scope):
-    """What an earlier run of the process has compiled says nothing about this one."""
+    """What an earlier run of the process compiled does not count for this one."""
     eager_backend(monkeypatch)
     asked = replace(cfg, compile=True, compile_scope=scope)
     checked(asked)
@@ -186,7 +186,7 @@ class Kernels(torch.utils._python_dispatch.TorchDispatchMode):
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("attention", ["naive", "blocked", "sdpa"])
 def test_the_attention_kernel_is_that_of_a_training_step(cfg, attention, dropout):
-    """Not that of a pass without dropout: the CPU's fused kernel has none, and PyTorch falls back without a word."""
+    """Not that of a pass without dropout: the CPU's fused kernel has none, and PyTorch falls back without a message."""
     run = stepped(replace(cfg, attention=attention, dropout=dropout))
     with Kernels() as kernels:
         train.train_step(run, 1)
@@ -405,7 +405,7 @@ def test_a_toggle_that_does_nothing_is_named_with_its_remedy(cfg, monkeypatch, n
 
 @pytest.mark.parametrize("name", ["device", "dtype", "attention", "compile", "fused_adamw", "prefetch", "deterministic"])
 def test_whatever_is_off_is_named_once(cfg, name):
-    """mismatches() alone: each single reading that differs gives one line with both values, and both of two are told."""
+    """mismatches() alone: each single reading that differs gives one line with both values, and two give two."""
     run = stepped(cfg)
     on = effective(run)
     assert mismatches(run, on) == []
@@ -414,14 +414,14 @@ def test_whatever_is_off_is_named_once(cfg, name):
     assert len(mismatches(run, on | {name: "something else", "tie_weights": False})) == 2
 
 
-def test_memory_that_cannot_be_kept_ends_the_run_before_it_begins(cfg, monkeypatch):
+def test_memory_that_cannot_be_kept_ends_the_run_before_its_first_step(cfg, monkeypatch):
     monkeypatch.setattr(machine, "set_reuse_memory", lambda: False)
     with pytest.raises(UserError, match="--reuse_memory=False") as e:
         build(replace(cfg, reuse_memory=True))
     assert "reuse_memory=True" in str(e.value)
 
 
-def test_processes_that_were_not_started_end_the_run_before_it_begins(cfg):
+def test_processes_that_were_not_started_end_the_run_before_its_first_step(cfg):
     with pytest.raises(UserError, match="torchrun --nproc_per_node=2"):
         build(replace(cfg, processes=2))
 

@@ -24,8 +24,8 @@ def test_an_earlier_run_is_moved_aside_with_a_message(cfg, capsys):
     out = Path(cfg.out_dir)
     for number in range(3):
         train.train(replace(cfg, seed=number))
-        said = capsys.readouterr().out
-        assert ("moved to" in said) == (number > 0)
+        output = capsys.readouterr().out
+        assert ("moved to" in output) == (number > 0)
     seeds = [json.loads((p / "config.json").read_text())["seed"] for p in (out.with_name("run.1"), out.with_name("run.2"), out)]
     assert seeds == [0, 1, 2]
 
@@ -145,9 +145,9 @@ def test_a_last_save_that_fails_is_an_error(cfg, full_disk, background):
 @pytest.mark.parametrize("background", [True, False])
 def test_each_save_is_logged(cfg, capsys, background):
     train.train(replace(cfg, background_save=background))
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     saved = events(cfg, "saved")
     assert [r["step_done"] for r in saved] == [3, 6]
     assert all(r["save_ms"] > 0 for r in saved)
     for step in (3, 6):
-        assert f"saved {cfg.out_dir}/step_{step:08d} in " in said
+        assert f"saved {cfg.out_dir}/step_{step:08d} in " in output

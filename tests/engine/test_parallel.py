@@ -231,15 +231,15 @@ def test_one_that_differs_is_named_by_all(tmp_path, odd, change):
     facts = [dict(seed=1, out_dir="out", flag=True, text="") for _ in range(4)]
     if odd:
         facts[odd] = facts[odd] | change
-    said = ranks.run(4, tmp_path / "ranks", disagree, facts)
-    assert len(set(said)) == 1
+    messages = ranks.run(4, tmp_path / "ranks", disagree, facts)
+    assert len(set(messages)) == 1
     if odd is None:
-        assert said[0] == ""
+        assert messages[0] == ""
         return
     ((name, value),) = change.items()
-    assert f"{name} is {facts[0].get(name)!r} in process 0 and {value!r} in process {odd}" in said[0]
-    assert said[0].count(" in process 0") == 1
-    assert "\n" not in said[0]
+    assert f"{name} is {facts[0].get(name)!r} in process 0 and {value!r} in process {odd}" in messages[0]
+    assert messages[0].count(" in process 0") == 1
+    assert "\n" not in messages[0]
 
 
 def start_unlike(cfgs: list[Config], code: list[str]) -> str:
@@ -269,12 +269,12 @@ def test_a_run_does_not_begin_unless_all_ranks_agree(cfg, tmp_path, prepared, te
             (tmp_path / "tiny.txt").write_text(content)
             prepare_data.main([str(tmp_path / "tiny.txt"), "--tokenizer=char", f"--data_dir={tmp_path / str(rank)}"])
         cfgs, name = [replace(cfg, data_dir=str(tmp_path / str(r))) for r in (0, 1)], "data"
-    said = ranks.run(2, tmp_path / "ranks", start_unlike, cfgs, code)
-    assert said[0] == said[1]
-    assert "ranks disagree" in said[0]
-    assert f"{name} is " in said[0]
-    assert "process 1" in said[0]
-    assert "\n" not in said[0]
+    messages = ranks.run(2, tmp_path / "ranks", start_unlike, cfgs, code)
+    assert messages[0] == messages[1]
+    assert "ranks disagree" in messages[0]
+    assert f"{name} is " in messages[0]
+    assert "process 1" in messages[0]
+    assert "\n" not in messages[0]
     assert not Path(cfg.out_dir).exists()
 
 
@@ -326,11 +326,11 @@ def test_a_run_whose_replicas_differ_ends_with_the_parameters_name(cfg, tmp_path
     with ranks.started(2, tmp_path / "ranks", flip_in_a_run, replace(cfg, replica_interval=2, eval_interval=6)) as found:
         ranks.wait(found, 30)
         assert [r.status for r in found] == [2, 2]
-        said = found[0].stderr
+        output = found[0].stderr
     # the optimizer's step after the flip leaves no other parameter of process 1 equal
-    assert "step 4: the processes no longer hold the same parameters (transformer." in said
-    assert " in process 1" in said
-    assert said.count("\n") == 1
+    assert "step 4: the processes no longer hold the same parameters (transformer." in output
+    assert " in process 1" in output
+    assert output.count("\n") == 1
 
 
 # ---- small pieces -------------------------------------------------------------------------------------------------------
@@ -427,8 +427,8 @@ def test_two_machines_train_as_one_machine_with_two_processes(cfg, root, tmp_pat
         endpoint = f"localhost:{free.getsockname()[1]}"
     meet = ("--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", "--rdzv-id=run")
     agents = [torchrun(*meet, root / "train.py", *flags(cfg), cwd=root) for _ in range(2)]
-    said = [a.communicate(timeout=90) for a in agents]
-    assert [a.returncode for a in agents] == [0, 0], said
+    output = [a.communicate(timeout=90) for a in agents]
+    assert [a.returncode for a in agents] == [0, 0], output
     losses = [[float.fromhex(v.split()[0]) for v in prove.trajectory(Path(c.out_dir)).values()] for c in (one, cfg)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
     ends = [dict(restore.load_model(c.out_dir)[0].named_parameters()) for c in (one, cfg)]

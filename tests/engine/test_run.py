@@ -69,10 +69,10 @@ def test_out_of_memory_is_the_same_run_in_smaller_micro_batches(
     with monkeypatch.context():
         short_of_memory(most)
         train.train(replace(cfg, batch_size=batch_size))
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for size in [s for s in (8, 4, 2) if s > fits]:
-        assert f"out of memory with micro-batches of {size} sequences" in said
-    assert f"repeating the step as {8 // fits} x {fits}; use --batch_size={fits} to start with that" in said
+        assert f"out of memory with micro-batches of {size} sequences" in output
+    assert f"repeating the step as {8 // fits} x {fits}; use --batch_size={fits} to start with that" in output
     assert [(r["step_done"], r["micro_batch"]) for r in events(cfg, "out_of_memory")] == [(1, fits)]
     on = next(r["effective"] for r in records(cfg) if "effective" in r)
     assert (on["micro_batch"], on["accumulation"]) == (fits, 8 // fits)
@@ -81,9 +81,9 @@ def test_out_of_memory_is_the_same_run_in_smaller_micro_batches(
 
 def test_as_much_as_fits_is_the_whole_share(cfg, capsys):
     train.train(replace(cfg, batch_size="auto", tokens_per_step=32 * 12))
-    said = capsys.readouterr().out
-    assert "batch_size = 12, the whole share of a process; halved until it fits" in said
-    assert "1 micro-batches x 12 sequences" in said
+    output = capsys.readouterr().out
+    assert "batch_size = 12, the whole share of a process; halved until it fits" in output
+    assert "1 micro-batches x 12 sequences" in output
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])

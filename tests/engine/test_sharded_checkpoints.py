@@ -175,15 +175,15 @@ def test_shares_that_do_not_make_a_whole_are_refused(saved, layout, tmp_path):
         with torch.no_grad():
             for p in run.model.parameters():
                 p.fill_(9.0)
-        said = ""
+        message = ""
         try:
             load()
         except UserError as e:
-            said = str(e)
-        if not said and not equal(state(run), saved[layout][1]):  # else it was the same in other words
+            message = str(e)
+        if not message and not equal(state(run), saved[layout][1]):  # equal: the forgery changed nothing
             taken.append(number)
-        assert not said or str(place) in said or shares[1].name in said
-        assert "\n" not in said
+        assert not message or str(place) in message or shares[1].name in message
+        assert "\n" not in message
         for path, whole in zip(shares, content, strict=True):
             path.write_bytes(whole)
     assert not taken
@@ -237,9 +237,9 @@ def test_shared_saves_survive_a_full_disk(cfg, tmp_path, kind, where, rank):
     with ranks.started(2, tmp_path / "ranks", full_disk, cfg, where, rank) as found:
         ranks.wait(found, 40)
         assert [r.value for r in found] == [("", ["step_00000002", "step_00000006"], [])] * 2
-        said = found[0].stderr + found[1].stderr
-    assert "No space left on device" in said
-    assert "training continues" in said
+        output = found[0].stderr + found[1].stderr
+    assert "No space left on device" in output
+    assert "training continues" in output
     assert restore.newest(Path(cfg.out_dir)).name == "step_00000006"
 
 
@@ -258,7 +258,7 @@ def fails_at_the_end(cfg: Config) -> None:
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize("why", ["not a run", "No space left on device"])
 def test_what_only_the_first_process_finds_ends_all(cfg, tmp_path, kind, why):
-    """It says why; the others, which lose it in the middle of an exchange, do not bury that under tracebacks."""
+    """It reports why; the others, which lose it in the middle of an exchange, do not bury that under tracebacks."""
     if why == "not a run":
         Path(cfg.out_dir).mkdir()
         (Path(cfg.out_dir) / "thesis.txt").write_text("years of work")
