@@ -221,11 +221,11 @@ def read_progress(folder: Path, request: dict) -> dict:
         progress = content["progress"]
         if digest(progress) != content["sha256"]:
             raise ValueError("sha256")
+        before = dict(progress["request"])
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError, OSError, RecursionError) as e:
         raise UserError(f"{folder / PROGRESS} is damaged ({type(e).__name__}): use --force to start again") from None
-    before = progress["request"]
     if differs := [name for name, value in request.items() if before.get(name) != value]:
         was = ", ".join(f"{name} was {str(before.get(name))[:80]}" for name in differs)
         raise UserError(f"{folder} is incomplete, from another request ({was}): use --force to start again, or --name=another")

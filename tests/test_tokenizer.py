@@ -4,7 +4,7 @@ import hashlib
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokenizer
@@ -123,12 +123,22 @@ scalar = (
 value = st.recursive(
     scalar, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
 )
-near_miss = st.fixed_dictionaries({}, optional={"type": value, "characters": value | st.lists(st.text(max_size=2), max_size=4)})
+ids = st.integers(97, 99) | st.integers(255, 262)
+fields = {
+    "characters": value | st.lists(st.text(max_size=2), max_size=4),
+    "merges": value | st.lists(st.lists(ids, min_size=2, max_size=2) | st.lists(ids | value, max_size=3), max_size=6),
+    "special_tokens": value | st.lists(st.sampled_from(["<|endoftext|>", "<s>", "b", "[^]"]) | value, max_size=3),
+}
+near_miss = st.fixed_dictionaries({"type": st.sampled_from(["char", "bpe"]) | value}, optional=fields)
+bpe_like = st.fixed_dictionaries(
+    {"type": st.just("bpe"), "special_tokens": st.just(["<|endoftext|>"]), "merges": fields["merges"]}
+)
 
 
-@given((value | near_miss | st.fixed_dictionaries({"type": st.just("char"), "characters": value})).map(json.dumps) | st.text())
-def test_strange_json_is_refused_or_understood(text):
-    """UserError, or a tokenizer that says the same as the JSON; never another exception."""
+@settings(max_examples=300)
+@given((value | near_miss | bpe_like).map(json.dumps) | st.text())
+def test_untrusted_json_is_refused_or_understood(text):
+    """UserError, or a tokenizer that is what the JSON has; never another exception."""
     try:
         read = from_json(text)
     except UserError:
@@ -136,6 +146,9 @@ def test_strange_json_is_refused_or_understood(text):
     spec = json.loads(text)
     assert spec["type"] == {GPT2Tokenizer: "gpt2", BPETokenizer: "bpe", CharTokenizer: "char"}[type(read)]
     assert not isinstance(read, CharTokenizer) or read.characters == spec["characters"]
+    if isinstance(read, BPETokenizer):
+        assert [list(merge) for merge in read.merges] == spec["merges"]
+        assert read.decode(read.encode("abc <|endoftext|> s")) == "abc <|endoftext|> s"
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "1" * 10_000, "", "\x00", '{"type": ["gpt2"]}'])
