@@ -80,7 +80,6 @@ def seal(folder: Path) -> None:
     files = [p for p in folder.iterdir() if p.name != "manifest.json"]
     entries = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in files}
     edit_manifest(folder, lambda values: values.update(files=entries))
-    restore.verify(folder)
 
 
 def tree(folder: Path) -> dict[str, str]:

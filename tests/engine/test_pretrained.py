@@ -30,6 +30,7 @@ SHAPES = {  # the released sizes' head counts, with narrow heads and few layers 
     )
     for size, sizes in GPT2_SIZES.items()
 } | {"124M": dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50257, n_positions=1024)}
+EACH_SIZE = [pytest.param(size, marks=pytest.mark.slow) if size == "124M" else size for size in SHAPES]
 
 
 def theirs(seed=0, **shape):
@@ -71,7 +72,7 @@ def scratch():
         yield Path(name)
 
 
-@pytest.mark.parametrize("size", SHAPES)
+@pytest.mark.parametrize("size", EACH_SIZE)
 def test_weights_travel_from_transformers_and_back(scratch, size):
     """transformers -> folder -> ours: equal logits; ours -> state: the same bits."""
     hf = theirs(**SHAPES[size])
@@ -84,7 +85,7 @@ def test_weights_travel_from_transformers_and_back(scratch, size):
     assert all(torch.equal(back[name], original[name]) for name in back)
 
 
-@pytest.mark.parametrize("size", SHAPES)
+@pytest.mark.parametrize("size", EACH_SIZE)
 def test_transformers_reads_what_is_exported(scratch, size):
     shape = SHAPES[size]
     cfg = GPTConfig(block_size=shape["n_positions"], **{k: v for k, v in shape.items() if k != "n_positions"})

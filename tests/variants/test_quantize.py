@@ -100,5 +100,5 @@ def test_bytes_per_token_counts_each_matrix_once_and_no_embedding():
 
 
 def test_int4_refuses_widths_without_whole_groups():
-    with pytest.raises(UserError, match=r"multiples of 32, not 40: type --quantize=int8"):
+    with pytest.raises(UserError, match=r"multiples of 32, not 40: use --quantize=int8"):
         quantize.convert(GPT(GPTConfig(**SIZES | dict(n_embd=40))), "int4")
