@@ -223,12 +223,12 @@ def memory_rows(cfg: Config, found: Memory, target: Target) -> list[str]:
     lines = ["memory at the peak, GiB a process"]
     remarks = KINDS | {
         "the program": "Python, torch" + (", what compiling leaves behind" if cfg.compile else ""),
-        "gaps in the heap": f"an allowance for what malloc cannot reuse: {HEAP_GAPS:.0%} of the tensors",
+        "gaps in the heap": f"an allowance for what malloc cannot reuse: {HEAP_GAPS:.0%} of the above",
         "held by other processes": f"--parallel={cfg.parallel}",
     }
     lines += [row(kind, gib(size), remarks[kind]) for kind, size in found.parts.items() if size]
     of = f"of {gib(target.total)}; " if target.total else ""
-    where = "without what CUDA itself takes" if cfg.device == "cuda" else "as train.py logs it, within about 10%"
+    where = "without what CUDA itself takes" if cfg.device == "cuda" else "as train.py logs it, mostly within 10%"
     lines.append(row("predicted peak", gib(found.training), f"{of}{where}"))
     if found.saving > found.training:
         lines.append(row("while it saves", gib(found.saving), "with a copy of its state; none with --background_save=False"))

@@ -318,10 +318,8 @@ WIDE = dict(n_embd=256, n_layer=4)
 @pytest.mark.parametrize(
     ("how", "fix"),
     [
-        (dict(attention="naive", block_size=512, tokens_per_step=512), dict(attention="sdpa")),
         (dict(block_size=1024, tokens_per_step=1024), dict(dtype="bfloat16")),
         (WIDE | dict(max_steps=1, background_save=True), dict(background_save=False, dtype="bfloat16")),
-        (dict(block_size=1024, tokens_per_step=1024, dtype="bfloat16"), dict(sequence_length=512)),
         (WIDE | dict(dtype="bfloat16", n_layer=40), dict(n_layer=5, n_embd=32)),
     ],
 )
@@ -358,13 +356,6 @@ def test_checkpoints_that_do_not_fit_on_the_disk_are_refused(run, tiny_run, monk
         run(**often)
     monkeypatch.setattr(plan, "ask_for_gpu", lambda: None)
     assert "10 at a time" in run(**often | dict(device="cuda"))  # on a machine that is not here, with another disk
-
-
-def test_saves_are_those_of_the_loop():
-    for steps, checkpoint, evaluate, best in ((10, 3, 4, True), (10, 3, 4, False), (12, 4, 6, True), (5, 9, 9, True)):
-        cfg = config(max_steps=steps, checkpoint_interval=checkpoint, eval_interval=evaluate, keep_best=best)
-        loop = [s for s in range(1, steps + 1) if s == steps or s % checkpoint == 0 or (best and s % evaluate == 0)]
-        assert memory.saves(cfg) == len(loop)
 
 
 def test_data_that_does_not_fit_the_model_is_refused_and_missing_data_is_a_note(run, tmp_path):
