@@ -110,17 +110,31 @@ def wait_until(condition, what: str, seconds: float = 60.0):
     return found
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="SIGKILL leaves no process the time to end its own, but on Linux")
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
-def test_killing_a_script_leaves_no_worker_running(how, tmp_path, root):
-    """A script in the middle of scripts.run(), as bench.py is while it measures."""
-    note = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))"
+@pytest.mark.skipif(sys.platform != "linux", reason="SIGKILL leaves a process no time to end its own, but on Linux")
+@pytest.mark.parametrize(
+    ("how", "processes"),
+    [
+        (signal.SIGKILL, 1),
+        (signal.SIGTERM, 1),
+        (signal.SIGINT, 1),
+        pytest.param(signal.SIGKILL, 2, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_killing_a_script_leaves_no_worker_running(how, processes, tmp_path, root):
+    """A script in the middle of scripts.run(), as bench.py is while it measures; two processes are torchrun's."""
+    note = f"open({str(tmp_path)!r} + '/pid' + os.environ.get('RANK', '0'), 'w').write(str(os.getpid()))"
     (tmp_path / "worker.py").write_text(f"import os, time\n{note}\ntime.sleep(300)")
     handler = "signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))"  # as in bench.main()
-    code = f"import signal, sys\nfrom base import scripts\n{handler}\nscripts.run({str(tmp_path / 'worker.py')!r})"
+    start = f"scripts.run({str(tmp_path / 'worker.py')!r}, processes={processes})"
+    code = f"import signal, sys\nfrom base import scripts\n{handler}\n{start}"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=root, stderr=subprocess.DEVNULL)
-    pid = int(wait_until(lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text(), "it does not start"))
-    assert is_running(pid)
+
+    def pids() -> list[int]:
+        return [int(text) for path in tmp_path.glob("pid*") if (text := path.read_text())]
+
+    wait_until(lambda: len(pids()) == processes, "it does not start")
+    assert all(map(is_running, pids()))
     process.send_signal(how)
     assert process.wait(60) != 0
-    wait_until(lambda: not is_running(pid), "the worker is left running")
+    wait_until(lambda: not any(map(is_running, pids())), "a worker is left running")

@@ -18,6 +18,7 @@ from report import kinds, plots
 from report.results import law_loss
 
 
+@pytest.mark.slow
 @settings(max_examples=10)  # half a second each
 @given(E=st.floats(0.3, 3.0), alpha=st.floats(0.2, 0.8), beta=st.floats(0.2, 0.8), A=st.floats(0.2, 2.0), B=st.floats(0.2, 2.0))
 def test_an_exact_law_is_found(E, alpha, beta, A, B):
@@ -31,6 +32,7 @@ def test_an_exact_law_is_found(E, alpha, beta, A, B):
         assert law_loss(found, run["N"], run["D"]) == pytest.approx(run["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth():
     """In 95% of invented studies, or a little less often, with so few points and resamples; asked is 12 of 16. And the law is
     found: the middle of the estimates lies near it.
