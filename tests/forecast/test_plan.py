@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import train
 from base import system
 from base.errors import UserError
 from base.files import ROOT
+from base.scripts import read_log
 from configurator import Config, GPTConfig
 from engine import machine
 from forecast import cluster, memory, plan, speed
@@ -132,14 +131,6 @@ def test_compiled_gradients_of_a_later_micro_step_arrive_together():
     assert tensors(**how, tokens_per_step=128) > tensors(**how, tokens_per_step=64) + 3 * P
 
 
-def test_following_draws_nothing_and_is_the_same_twice():
-    seed = torch.get_rng_state()
-    cfg = config(dropout=0.1, compile=True, attention="naive", dtype="bfloat16")
-    assert parts(cfg) == parts(cfg)
-    assert torch.equal(torch.get_rng_state(), seed)
-    assert not torch.cuda.is_initialized()
-
-
 @pytest.mark.parametrize("parallel", ["ddp", "zero1", "fsdp"])
 def test_processes_share_what_cluster_says(parallel):
     cfg = config(parallel=parallel, tokens_per_step=1024, background_save=False)
@@ -155,54 +146,33 @@ def test_a_copy_to_be_saved_is_counted_once_it_is_there():
     cfg = config(max_steps=100, eval_interval=100, checkpoint_interval=100)
     copies = 12 * parameters(cfg)
     last, early = (memory.memory(replace(cfg, checkpoint_interval=n), target()) for n in (100, 10))
-    assert last.parts.get("copy to be saved", 0) == 0
-    assert last.saving >= copies + copies
-    assert early.parts["copy to be saved"] == copies
-    assert early.saving == 0
+    assert last.saving >= copies + copies  # beside weights and moments
+    assert (early.parts["copy to be saved"], early.saving) == (copies, 0)
     none = memory.memory(replace(cfg, background_save=False), target())
     assert (none.saving, none.host, none.training) == (0, 0, last.training)
-    gpu = memory.memory(replace(cfg, device="cuda"), target())
-    assert (gpu.host, gpu.saving) == (copies, 0)
+    assert memory.memory(replace(cfg, device="cuda"), target()).host == copies
 
 
 # ---- against runs -----------------------------------------------------------------------------------------------------
 
-# Activations outweigh the rest of the process. In bf16 where the hardware multiplies it.
-SIZES = dict(n_layer=4, n_head=6, n_embd=384, block_size=256, batch_size=16, tokens_per_step=2 * 16 * 256, max_steps=2)
-MEASURE = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-import train
-from configurator import Config
-from engine import machine
-from engine.run import build
-from forecast import plan
-imported = plan.held_now()
-run = build(Config(**json.loads(sys.argv[2])))
-for step in range(run.cfg.max_steps):
-    train.train_step(run, step)
-print(json.dumps([imported, machine.memory_gib(run.device) * 2**30]))
-run.close()
-"""
-
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [dict(), dict(compile=True, dtype="auto", reuse_memory=True)])
-def test_the_predicted_peak_is_near_that_of_a_run(changes, tiny_run):
-    """LOG.md has the figures: within 10% where they were measured."""
-    cpu = torch.device("cpu")
-    if changes.get("compile") and (reason := machine.why_no_compile(cpu)):
+@pytest.mark.parametrize("how", [[], ["--compile=True", "--dtype=auto", "--reuse_memory=True"]])
+def test_the_predicted_peak_is_near_that_of_a_run(run_script, tiny_flags, tmp_path, how):
+    """Of a model whose activations outweigh the rest of the process. LOG.md has figures of the real configs."""
+    if how and (reason := machine.why_no_compile(torch.device("cpu"))):
         pytest.skip(f"no compiler: {reason}")
-    where = {name: tiny_run[name] for name in ("dataset", "data_dir", "vocab_size")}
-    cfg, _ = machine.resolve(Config(**CPU | SIZES | where | dict(background_save=False) | changes), cpu)
-    command = [sys.executable, "-c", MEASURE, str(ROOT), json.dumps(asdict(cfg))]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    sizes = dict(n_layer=4, n_head=6, n_embd=384, block_size=256, batch_size=16, tokens_per_step=2 * 16 * 256, max_steps=2)
+    sizes |= dict(background_save=False, eval_tokens=256, out_dir=str(tmp_path / "run"))
+    flags = [*tiny_flags, *(f"--{name}={value}" for name, value in sizes.items()), *how]
+    page = run_script("train.py", *flags, "--plan", timeout=600)
+    assert (page.returncode, page.stderr) == (0, "")
+    assert not (tmp_path / "run").exists()
+    predicted = float(re.search(r"predicted peak +([\d.]+)", page.stdout)[1])
+    done = run_script("train.py", *flags, timeout=600)
     assert done.returncode == 0, done.stderr
-    imported, peak = json.loads(done.stdout.splitlines()[-1])
-    found = memory.memory(cfg, replace(target(), imported=int(imported))).peak
-    print(f"{changes}: predicted {found / MIB:.0f} MiB, measured {peak / MIB:.0f}, {found / peak - 1:+.1%}")
-    assert memory.program(cfg, int(imported)) < 0.7 * peak  # there is something to predict
-    assert found == pytest.approx(peak, rel=0.15)
+    found = [r["memory_gib"] for r in read_log(tmp_path / "run")[0] if "memory_gib" in r]
+    assert predicted == pytest.approx(found[-1], rel=0.15)
 
 
 @pytest.mark.parametrize("init", ["gpt2", "pytorch"])
@@ -351,9 +321,6 @@ def test_checkpoints_that_do_not_fit_on_the_disk_are_refused(run, tiny_run, monk
     with pytest.raises(UserError, match=r"use --keep_checkpoints=4, or --out_dir=another/folder$"):
         run(**often)
     assert "6 at a time" in run(**often | dict(keep_checkpoints=4))
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: usage._replace(free=0))
-    with pytest.raises(UserError, match=r"use --out_dir=another/folder, or make room$"):
-        run(**often)
     monkeypatch.setattr(plan, "ask_for_gpu", lambda: None)
     assert "10 at a time" in run(**often | dict(device="cuda"))  # on a machine that is not here, with another disk
 
@@ -418,13 +385,9 @@ def test_a_gpu_that_is_here_is_asked_for_by_its_drivers_tool(run, monkeypatch, t
 
 
 @pytest.mark.slow
-def test_the_command_prints_a_page_or_one_line(run_script, tiny_flags, tmp_path):
-    flags = [*tiny_flags, "--plan", f"--out_dir={tmp_path / 'run'}"]
-    done = run_script("train.py", *flags)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "predicted peak" in done.stdout
-    assert not (tmp_path / "run").exists()
-    done = run_script("train.py", *flags, "--n_layer=100", "--n_embd=8192")
+def test_the_command_prints_one_line_for_what_cannot_be(run_script, tiny_flags):
+    flags = [*tiny_flags, "--plan", "--n_layer=100", "--n_embd=8192"]
+    done = run_script("train.py", *flags, timeout=600)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"error: .* use --\w+.*\n", done.stderr)
     assert run_script("train.py", *flags, env={"RANK": "1", "WORLD_SIZE": "2"}).stdout == ""
