@@ -22,12 +22,17 @@ from typing import TypeVar
 
 from base.errors import UserError
 
+ENDED = (EOFError, OSError)  # of a pipe whose other side has ended: between two messages, or in the middle of one
 Tag, Job, Result = TypeVar("Tag"), TypeVar("Job"), TypeVar("Result")
+
+
+class WorkerKilled(Exception):
+    pass
 
 
 def _serve(pipe: Connection) -> None:
     """A worker: receives the function, then jobs, until the pipe ends. A ValueError, an error of the text, is an answer."""
-    with contextlib.suppress(EOFError, ConnectionError):
+    with contextlib.suppress(*ENDED):
         work = pipe.recv()
         while True:
             job = pipe.recv()
@@ -52,9 +57,18 @@ class _Worker:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
 
+    def send(self, message) -> None:
+        try:
+            self.pipe.send(message)
+        except ENDED:
+            raise WorkerKilled from None
+
     def ask(self, job):
-        self.pipe.send(job)
-        answer = self.pipe.recv()
+        self.send(job)
+        try:
+            answer = self.pipe.recv()
+        except ENDED:
+            raise WorkerKilled from None
         if isinstance(answer, ValueError):
             raise answer
         return answer
@@ -79,7 +93,7 @@ def map_in_order(
     threads = ThreadPoolExecutor(processes)  # each sends a job to a worker and waits for the answer
 
     def begin(worker: _Worker) -> None:
-        worker.pipe.send(work)
+        worker.send(work)
         idle.put(worker)
 
     def run(job: Job) -> Result:
@@ -100,7 +114,7 @@ def map_in_order(
                 tag, future = pending.popleft()
                 yield tag, future.result()
         yield from ((tag, future.result()) for tag, future in pending)
-    except (EOFError, ConnectionError):
+    except WorkerKilled:
         raise UserError(
             f"a worker process was killed, most likely because memory ran out: use --processes={processes // 2}, "
             f"which resumes where this stopped"
