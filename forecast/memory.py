@@ -63,7 +63,6 @@ class Ledger(TorchDispatchMode):
         self.kinds: dict[int, str] = {}  # of the storages that live, by address
         self.now: dict[str, int] = {}
         self.at_peak: dict[str, int] = {}
-        self.largest = 0
 
     def note(self, t: Tensor, kind: str | None = None) -> None:
         """Count a tensor's storage, once. kind: what it is from now on."""
@@ -79,7 +78,6 @@ class Ledger(TorchDispatchMode):
             self.now[known] -= size
         self.kinds[address] = kind
         self.now[kind] = self.now.get(kind, 0) + size
-        self.largest = max(self.largest, size)
         if sum(self.now.values()) > sum(self.at_peak.values()):
             self.at_peak = dict(self.now)
 
@@ -178,10 +176,30 @@ def replace_parameters(gpt: GPT) -> None:
                 module._parameters[name] = made.setdefault(p, nn.Parameter(torch.empty(p.shape)))
 
 
+def fake_run(cfg: Config, gpt: GPT, optimizer: torch.optim.Optimizer, processes: int) -> Run:
+    """A run of one process on batches without contents, with at most two micro-steps: they stand for any number."""
+    micro_batch, accumulation = cfg.split_step(processes)
+    return Run(
+        cfg=replace(cfg, prefetch=False),
+        chosen=[],
+        world=parallel.World(),
+        device=CPU,
+        dataset=None,
+        batches=EmptyBatches(cfg.T),
+        model=gpt,
+        compiled=gpt,
+        train_model=gpt,
+        optimizer=optimizer,
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        outliers=Outliers(cfg),
+        micro_batch=micro_batch,
+        accumulation=min(accumulation, 2),
+    )
+
+
 def follow(cfg: Config, processes: int, accumulate: Callable[[Run, int], Tensor]) -> Ledger:
     """The ledger of a step, not the first, of a run whose config is resolved, in one of its processes as if it shared nothing
-    with the others. Two micro-steps stand for any number. accumulate: train.accumulate."""
-    micro_batch, accumulation = cfg.split_step(processes)
+    with the others. accumulate: train.accumulate."""
     ledger = Ledger()
     with torch.device("meta"):
         gpt = GPT(cfg)
@@ -214,23 +232,8 @@ def follow(cfg: Config, processes: int, accumulate: Callable[[Run, int], Tensor]
             gpt.register_forward_pre_hook(begin_forward)
             gpt.register_forward_hook(lambda *_: setattr(ledger, "kind", "temporaries"))
             ledger.logits = (cfg.vocab_size, cfg.padded_vocab_size)
-            run = Run(
-                cfg=replace(cfg, prefetch=False),
-                chosen=[],
-                world=parallel.World(),
-                device=CPU,
-                dataset=None,
-                batches=EmptyBatches(cfg.T),
-                model=gpt,
-                compiled=gpt,
-                train_model=gpt,
-                optimizer=optimizer,
-                scaler=torch.amp.GradScaler("cpu", enabled=False),
-                outliers=Outliers(cfg),
-                micro_batch=micro_batch,
-                accumulation=min(accumulation, 2),
-            )
-            ledger.at_peak, ledger.largest = dict(ledger.now), 0
+            run = fake_run(cfg, gpt, optimizer, processes)
+            ledger.at_peak = dict(ledger.now)
             with Fused(cfg) if cfg.compile or cfg.device == "cuda" else contextlib.nullcontext():
                 accumulate(run, 0)
             late.clear()

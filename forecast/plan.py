@@ -223,7 +223,7 @@ def memory_rows(cfg: Config, found: Memory, target: Target) -> list[str]:
     lines = ["memory at the peak, GiB a process"]
     remarks = KINDS | {
         "the program": "Python, torch" + (", what compiling leaves behind" if cfg.compile else ""),
-        "gaps in the heap": f"an allowance for what malloc cannot reuse: {HEAP_GAPS:.0%} of the above",
+        "gaps in the heap": f"an allowance for what malloc cannot reuse: {HEAP_GAPS:.0%} of the tensors",
         "held by other processes": f"--parallel={cfg.parallel}",
     }
     lines += [row(kind, gib(size), remarks[kind]) for kind, size in found.parts.items() if size]

@@ -378,8 +378,9 @@ def test_a_gpu_that_is_here_is_asked_for_by_its_drivers_tool(run, monkeypatch, t
     assert "cuda, float16" in run(device="cuda", dtype="auto")
     with pytest.raises(UserError, match="dtype=bfloat16"):  # what it cannot multiply
         run(device="cuda", dtype="bfloat16")
-    with pytest.raises(UserError, match=r"0\.10 are free"):
-        run(device="cuda", n_embd=512, n_layer=12)
+    tool.write_text("#!/bin/sh\necho 'Tesla T4, 1, 7.5'\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"0\.00 are free"):
+        run(device="cuda", dtype="auto", n_embd=512)
     tool.write_text("#!/bin/sh\necho 'No devices were found'\n", encoding="utf-8")
     assert plan.ask_for_gpu() is None
 
