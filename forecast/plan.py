@@ -165,7 +165,7 @@ def check_disk(cfg: Config, parameters: int, elsewhere: bool) -> tuple[int, int,
         return one, many, free
     fits = [keep for keep in range(1, cfg.keep_checkpoints) if one * at_a_time(keep) <= free]
     flag = f"--keep_checkpoints={fits[-1]}, or --out_dir=another/folder" if fits else "--out_dir=another/folder, or make room"
-    raise UserError(f"{many} checkpoints of {gib(one)} GiB take {gib(one * many)}, {place} has {gib(free)} left: use {flag}")
+    raise UserError(f"checkpoints take {gib(one * many)} GiB ({many} of {gib(one)}), {place} has {gib(free)} left: use {flag}")
 
 
 @dataclass(frozen=True, kw_only=True)

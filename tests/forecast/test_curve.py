@@ -75,9 +75,9 @@ def test_causes_come_after_three_checks_once_and_in_order(cfg, written):
     same = curve.Tracker(cfg, "d")
     for step in (1, 2, 3):
         same.step(step, 9.0)
-    said = same.causes()
-    places = [said.index(word) for word in ("learning rate", "batch", "precision", "data")]
-    assert "own settings" in said
+    causes = same.causes()
+    places = [causes.index(word) for word in ("learning rate", "batch", "precision", "data")]
+    assert "own settings" in causes
     assert places == sorted(places)
 
 

@@ -96,7 +96,7 @@ def test_the_peak_is_that_of_torchs_own_tracker(changes):
     assert sum(parts(cfg).values()) == pytest.approx(found["Total"], rel=0.01)
 
 
-def test_kinds_have_the_sizes_that_can_be_told_without_following_anything():
+def test_kinds_have_the_sizes_that_follow_from_the_config():
     cfg = config(dtype="bfloat16", n_layer=6, n_embd=256, vocab_size=65, block_size=128, tokens_per_step=512)
     found, P = parts(cfg), parameters(cfg)
     assert found["weights"] == 4 * P
@@ -132,7 +132,7 @@ def test_compiled_gradients_of_a_later_micro_step_arrive_together():
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "zero1", "fsdp"])
-def test_processes_share_what_cluster_says(parallel):
+def test_processes_share_what_cluster_computes(parallel):
     cfg = config(parallel=parallel, tokens_per_step=1024, background_save=False)
     four = memory.memory(cfg, target(4)).parts
     shared = cluster.state_bytes(cfg, parallel, 4) - cluster.state_bytes(cfg, "ddp", 4)
@@ -261,7 +261,7 @@ def run(tiny_run, tmp_path, monkeypatch):
 
 
 def flags(message: str) -> dict:
-    """What a message says to use, as settings."""
+    """The flags that a message names, as settings."""
     found = re.findall(r"--(\w+)=([^\s,]+)", message.rpartition(": use ")[2])
     values = {"True": True, "False": False}
     return {name: values[v] if v in values else int(v) if v.isdigit() else v for name, v in found}
