@@ -1,6 +1,5 @@
 """Two configs, or two results, side by side."""
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +9,10 @@ from tqdm import tqdm
 
 import configurator
 from base.errors import UserError
-from base.files import read_text
 from measure.config import BenchConfig
 from measure.fresh import in_fresh_process
 from measure.results import header
+from report import results
 from report.compare import compare as compare_results
 
 
@@ -57,10 +56,9 @@ def compare(paths: list[str], asked: BenchConfig) -> None:
     except ValueError:
         raise UserError(f"max_regression={asked.max_regression!r} is not a percentage: use --max_regression=3%") from None
     try:
-        a, b = (json.loads(read_text(Path(p))) for p in paths)
-    except (OSError, ValueError) as e:
-        raise UserError(f"cannot read a result: {e}") from None
-    text, failed = compare_results(a, b, limit)
+        text, failed = compare_results(*(results.load(Path(p)) for p in paths), limit)
+    except results.DAMAGED as e:
+        raise UserError(f"cannot compare {' and '.join(paths)}: {type(e).__name__}: {e}") from None
     print(text)
     if failed:
         sys.exit(1)

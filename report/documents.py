@@ -18,10 +18,6 @@ def documents(root: Path) -> list[Path]:
     return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
 
 
-# What reading an untrusted or damaged result can raise: no file, no JSON, no such part, not the shape of its kind
-DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
-
-
 def result_files(root: Path) -> list[Path]:
     """results/<hardware>/<kind>.json, of the kinds that are known. ValueError if one is damaged."""
     found = []
@@ -31,7 +27,7 @@ def result_files(root: Path) -> list[Path]:
             if result.get("kind") in kinds.KINDS:
                 kinds.blocks(result)
                 found.append(path)
-        except DAMAGED as e:
+        except results.DAMAGED as e:
             raise ValueError(f"{path.relative_to(root)} is damaged: {type(e).__name__}: {e}") from None
     return found
 
@@ -47,7 +43,7 @@ def generated(text: str, name: str, root: Path) -> tuple[str, list[str]]:
         except FileNotFoundError:
             maker = "tests/faults.py" if source.stem == "faults" else f"bench.py {source.stem}"
             errors.append(f"{match[2]}, which generated blocks show, does not exist: run python {maker}")
-        except DAMAGED as e:
+        except results.DAMAGED as e:
             errors.append(f"{name} cannot show {match[2]}{match[3]}: {type(e).__name__}: {e}")
         return match[0]
 

@@ -14,6 +14,9 @@ from base.files import read_text
 from configurator import GPTConfig
 from report.stats import quartiles
 
+# What reading an untrusted or damaged result can raise: no file, not JSON, no such part, not the shape of its kind
+DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
+
 
 def load(path: Path) -> dict:
     """A result file. OSError if it cannot be read, ValueError if it is not a JSON object."""

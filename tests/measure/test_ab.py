@@ -48,3 +48,11 @@ def test_a_side_of_ab_that_fails_is_named(pair, workers, prepared):
     workers(lambda cfg: {"error": "it burns"} if cfg.fused_adamw else result(cfg))
     with pytest.raises(UserError, match=r"b\.py: it burns"):
         ab.ab(pair, BenchConfig(device="cpu", data_dir=str(prepared)), CPU)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"kind": "ladder"}', '{"kind": "ladder", "rungs": [3]}', "no JSON"])
+def test_compare_reports_a_file_that_is_no_result_in_one_line(tmp_path, content):
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"cannot compare .*a\.json"):
+        ab.compare([str(path), str(path)], BenchConfig())
