@@ -12,9 +12,9 @@ where a fault cannot be caused from outside (a NaN, a flipped bit, a kill betwee
 rig/inject.py, which arranges for it and then trains. What is demanded of them, "clean" and "G2", is in rig/runs.py.
 """
 
+import argparse
 import dataclasses
 import json
-import re
 import resource
 import sys
 import time
@@ -28,11 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts a
 import torch
 from rig import killing, saving, surroundings  # noqa: F401 (they register the faults)
 from rig.processes import PATIENCE, need
-from rig.runs import FAULTS, Box, Found, Stage, judged, last_step, log, run_fault
+from rig.runs import FAULTS, Box, Found, Stage, judged, last_step, log
 
 from base import system
-from base.errors import UserError, entry
-from base.files import ROOT
+from base.errors import entry
+from base.files import ROOT, write_atomically
 from engine import machine
 
 # what CI does at every change: one of saves, files, kills, signals, numbers, ranks, data, settings and machine each
@@ -49,9 +49,8 @@ def kill_and_resume(box: Box, dtype: str, compile: bool, ranks: int) -> str:
     how = dict(dtype=dtype, compile=compile, max_steps=60, checkpoint_interval=5, eval_interval=20)
     whole, out = box.whole(ranks, **how), box.folder / "run"
     process = box.train(out, ranks, **how)
-    goal = box.random.randint(6, 55)
-    process.until(lambda: last_step(out) >= goal, f"step {goal}", 4 * PATIENCE)
-    process.kill()
+    box.reach(process, out, 1, 4 * PATIENCE)
+    box.killed(process, out, box.random.randint(6, 55))
     at = last_step(out)
     on = next(r["effective"] for r in log(out) if "effective" in r)
     need((on["compile"], on["processes"], on["deterministic"]) == (compile, ranks, True), f"what ran is {on}")
@@ -60,62 +59,55 @@ def kill_and_resume(box: Box, dtype: str, compile: bool, ranks: int) -> str:
 
 
 def line(name: str, title: str, found: Found) -> str:
-    def shown(value: float | None, unit: str) -> str:
-        return "–" if value is None else f"{value:.1f}{unit}" if isinstance(value, float) else f"{value}{unit}"
+    detect, recover = (f"{v:.1f} s" if v is not None else "–" for v in (found.seconds_to_detect, found.seconds_to_recover))
+    lost = "–" if found.steps_lost is None else found.steps_lost
+    numbers = f"detect {detect:>7}  lost {lost:>3}  recover {recover:>7}"
+    return f"{name:<4} {'passed' if found.passed else 'FAILED'} {found.seconds:>6.1f} s  {numbers}  {title}: {found.detail}"
 
-    numbers = [f"detect {shown(found.seconds_to_detect, ' s'):>7}", f"lost {shown(found.steps_lost, ''):>3}"]
-    numbers.append(f"recover {shown(found.seconds_to_recover, ' s'):>7}")
-    verdict = "passed" if found.passed else "FAILED"
-    return f"{name:<4} {verdict} {found.seconds:>6.1f} s  {'  '.join(numbers)}  {title}: {found.detail}"
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ids", nargs="*", choices=[[], *FAULTS])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--matrix", action="store_true")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--seed", type=int, default=1337)
+    parser.add_argument("--lanes", type=int, default=system.cores())
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str]) -> None:
-    options = dict(a.removeprefix("--").split("=", 1) for a in argv if a.startswith("--") and "=" in a)
-    switches, ids = {a for a in argv if a in ("--quick", "--matrix")}, [a for a in argv if not a.startswith("--")]
-    wrong = [a for a in ids if a not in FAULTS] + [f"--{o}" for o in options if o not in ("out", "seed", "lanes")]
-    wrong += [a for a in argv if a.startswith("--") and "=" not in a and a not in switches]
-    wrong += [f"--{o}={v}" for o, v in options.items() if o in ("seed", "lanes") and not re.fullmatch(r"[1-9]\d{0,8}", v)]
-    if wrong or ("--matrix" in switches and ids):
-        raise UserError(f"{(wrong or argv)[0]} is not understood: use F01 … F33, --quick, --matrix, or nothing")
-    seed, lanes = int(options.get("seed", 1337)), int(options.get("lanes", system.cores()))
-    everything = not switches and not ids
-    quick = "--quick" in switches
-    chosen = ids or ([] if "--matrix" in switches else list(QUICK) if quick else list(FAULTS))
-    chosen.sort(key=lambda id: (id not in ("F27", "F02"), id))  # the longest first: nobody shall wait for them at the end
-    cells = MATRIX if everything or "--matrix" in switches else []
+    asked = arguments(argv)
+    everything = not (asked.quick or asked.matrix or asked.ids)
+    chosen = asked.ids or (list(QUICK) if asked.quick else [] if asked.matrix else list(FAULTS))
+    chosen = sorted(chosen, key=lambda id: (id not in ("F27", "F02"), id))  # the longest first
+    cells = MATRIX if everything or asked.matrix else []
     began, stage = time.monotonic(), Stage()
     results: dict[str, Found] = {}
     try:
-        with ThreadPoolExecutor(lanes) as pool:
+        with ThreadPoolExecutor(asked.lanes) as pool:
 
-            def do(name: str, title: str, work: Callable[[], Found]) -> None:
-                results[name] = work()
+            def do(name: str, title: str, run: Callable[[Box], str]) -> None:
+                results[name] = judged(stage, name, run, asked.quick, asked.seed)
                 print(line(name, title, results[name]), flush=True)
 
             for cell in cells:
-                pool.submit(
-                    do,
-                    cell_name(*cell),
-                    "SIGKILL and resumption",
-                    lambda cell=cell: judged(stage, cell_name(*cell), lambda box: kill_and_resume(box, *cell), seed=seed),
-                )
+                pool.submit(do, cell_name(*cell), "SIGKILL, resumed", lambda box, cell=cell: kill_and_resume(box, *cell))
             for id in chosen:
-                pool.submit(do, id, FAULTS[id].title, lambda id=id: run_fault(stage, id, quick, seed))
+                pool.submit(do, id, FAULTS[id].title, FAULTS[id].run)
     finally:
         stage.close()
     seconds, used = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
-    passed = sum(results[id].passed for id in chosen)
-    said = [f"{passed}/{len(chosen)} faults"] * bool(chosen)
     cell_results = {cell: results[cell_name(*cell)] for cell in cells}
-    said += [f"{sum(f.passed for f in cell_results.values())}/{len(cells)} of the matrix"] * bool(cells)
-    print(f"{', '.join(said)} in {seconds:.0f} s ({used.ru_utime + used.ru_stime:.0f} s of CPU time)")
-    if everything or "out" in options:
-        path = Path(options.get("out", ROOT / "results" / "faults.json"))
-        path.parent.mkdir(parents=True, exist_ok=True)
+    counts = [f"{sum(results[id].passed for id in chosen)}/{len(chosen)} faults"] * bool(chosen)
+    counts += [f"{sum(f.passed for f in cell_results.values())}/{len(cells)} of the matrix"] * bool(cells)
+    print(f"{', '.join(counts)} in {seconds:.0f} s ({used.ru_utime + used.ru_stime:.0f} s of CPU time)")
+    if everything or asked.out:
+        path = asked.out or ROOT / "results" / "faults.json"
         result = {
             "kind": "faults",
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": "python tests/faults.py" + "".join(f" {a}" for a in argv if not a.startswith("--out=")),
+            "command": "python tests/faults.py" + "".join(f" {a}" for a in argv if not a.startswith("--out")),
             "machine": machine.describe(torch.device("cpu")) | {"threads": 1},
             "seconds": round(seconds, 1),
             "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),  # of all processes: what it takes where nothing else runs
@@ -125,7 +117,7 @@ def main(argv: list[str]) -> None:
             ],
             "matrix": [dict(dtype=d, compile=c, processes=r) | rounded(f) for (d, c, r), f in cell_results.items()],
         }
-        path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_atomically(path, (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
         print(f"wrote {path}")
     if not all(f.passed for f in results.values()):
         sys.exit(1)

@@ -21,15 +21,25 @@ import data
 import train
 from base.errors import entry
 from engine import checkpoint
+from engine.run import Run
 
 
-def at_step(action: Callable) -> None:
-    """Call action(run, step) at the beginning of each step of this process."""
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_step(step: str, action: Callable[[Run], object], rank: int | None = None, after: Callable[[], object] = int) -> None:
+    """Call action(run) before a step (0, 1, …) of this process, or of one rank only; and after() when that step is done."""
     plain = train.train_step
 
-    def train_step(run, step: int):
-        action(run, step)
-        return plain(run, step)
+    def train_step(run: Run, now: int):
+        here = now == int(step) and rank in (None, run.world.rank)
+        if here:
+            action(run)
+        result = plain(run, now)
+        if here:
+            after()
+        return result
 
     train.train_step = train_step
 
@@ -38,87 +48,81 @@ def inject_die_before(n: str, step: str, calls: str) -> None:
     """Die before the n-th system call of the save of a step that changes the disk's contents; 0: write them down."""
     plain, seen, active = checkpoint.save, [], []
 
-    def counted(name: str):
+    def counted(name: str) -> Callable:
         real = getattr(os, name)
 
         def call(*args, **how):
             if active:
                 seen.append(name)
                 if len(seen) == int(n):
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    die()
             return real(*args, **how)
 
-        setattr(os, name, call)
+        return call
 
     def save(run_dir, snapshot, *args, **how):
-        if snapshot.step == int(step):
-            active.append(True)
+        here = snapshot.step == int(step)
+        active.extend([True] * here)
         try:
             return plain(run_dir, snapshot, *args, **how)
         finally:
             active.clear()
-            if snapshot.step == int(step):
+            if here:
                 Path(calls).write_text(" ".join(seen))
 
     for name in ("fsync", "rename", "replace", "unlink", "rmdir"):
-        counted(name)
+        setattr(os, name, counted(name))
     checkpoint.save = save
 
 
 def inject_die_inside(step: str, micro: str) -> None:
     """Die in the last process, in a step, when so many of its micro-batches are done."""
 
-    def action(run, now: int) -> None:
-        if now == int(step) and run.world.rank == run.world.size - 1:
-            done = []
+    def action(run: Run) -> None:
+        left = [int(micro)]
 
-            def hook(*_):
-                if len(done) == int(micro):
-                    os.kill(os.getpid(), signal.SIGKILL)
-                done.append(True)
+        def hook(*_):
+            if not left[0]:
+                die()
+            left[0] -= 1
 
+        if run.world.rank == run.world.size - 1:
             run.train_model.register_forward_pre_hook(hook)
 
-    at_step(action)
+    at_step(step, action)
 
 
 def inject_nan(what: str, step: str, rank: str) -> None:
     """From a step on, the last block's MLP gives NaN in one process, or the gradient of its last bias is."""
 
-    def action(run, now: int) -> None:
-        if now == int(step) and run.world.rank == int(rank):
-            mlp = run.model.transformer.h[-1].mlp
-            if what == "loss":
-                mlp.register_forward_hook(lambda module, args, output: output * float("nan"))
-            else:
-                mlp.c_proj.bias.register_hook(lambda g: g * float("nan"))
+    def action(run: Run) -> None:
+        mlp = run.model.transformer.h[-1].mlp
+        if what == "loss":
+            mlp.register_forward_hook(lambda module, args, output: output * float("nan"))
+        else:
+            mlp.c_proj.bias.register_hook(lambda g: g * float("nan"))
 
-    at_step(action)
+    at_step(step, action, int(rank))
 
 
 def inject_spike(step: str) -> None:
     """In one step, logits are 100 times too large."""
-    handles = []
+    hooks = []
 
-    def action(run, now: int) -> None:
-        if now == int(step):
-            handles.append(run.model.transformer.ln_f.register_forward_hook(lambda module, args, output: output * 100))
-        elif handles:
-            handles.pop().remove()
+    def action(run: Run) -> None:
+        hooks.append(run.model.transformer.ln_f.register_forward_hook(lambda module, args, output: output * 100))
 
-    at_step(action)
+    at_step(step, action, after=lambda: hooks.pop().remove())
 
 
 def inject_flip(step: str, rank: str, name: str, index: str, bit: str) -> None:
     """Before a step, one bit of one weight of one process changes."""
 
-    def action(run, now: int) -> None:
-        if now == int(step) and run.world.rank == int(rank):
-            weight = dict(run.model.named_parameters())[name]
-            with torch.no_grad():
-                weight.view(torch.int32).flatten()[int(index)] ^= 1 << int(bit)
+    def action(run: Run) -> None:
+        with torch.no_grad():
+            run.model.get_parameter(name).view(torch.int32).flatten()[int(index)] ^= 1 << int(bit)
 
-    at_step(action)
+    at_step(step, action, int(rank))
 
 
 def inject_memory(megabytes: str) -> None:

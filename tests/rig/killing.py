@@ -1,7 +1,6 @@
 """F11 to F21: processes that are killed, stopped and resumed; numbers that are not finite, stand out or differ."""
 
 import json
-import os
 import signal
 import time
 from pathlib import Path
@@ -12,8 +11,8 @@ import data
 from base.files import sha256_of
 from corpus import shards
 from engine import checkpoint
-from rig.processes import PATIENCE, Process, need
-from rig.runs import STEPS, TINY, Box, digests, fault, last_step, log, steps_saved
+from rig.processes import need
+from rig.runs import STEPS, TINY, Box, different, digests, fault, last_step, log, loss_apart, steps_saved
 from safety import prove
 
 
@@ -25,24 +24,17 @@ def killed_anywhere(box: Box) -> str:
     expected, at, kills = prove.trajectory(whole), 0, []
     for _ in box.some(range(20), at_least=2):
         process = box.train(out, resume="auto", **steps)
-        goal = at + box.random.randint(4, 17)
         if kills:
-            process.until(lambda before=at: last_step(out) > before, f"step {at + 1}")
+            box.reach(process, out, at + 1)
             box.recover.append(time.monotonic() - process.began)
-        process.until(lambda goal=goal: last_step(out) >= goal, f"step {goal}")
-        time.sleep(box.random.uniform(0, 0.03))
-        process.kill()
+        box.killed(process, out, at + box.random.randint(4, 17))
         (out / "log.jsonl").write_bytes((out / "log.jsonl").read_bytes().rpartition(b"\n")[0] + b"\n")
         at = last_step(out)
         kills.append(at)
-        found = prove.trajectory(out)
-        wrong = [step for step in found if found[step] != expected[step]]
+        wrong = [step for step, found in prove.trajectory(out).items() if found != expected[step]]
         need(not wrong, f"NOT G2: killed at {kills}; then step {wrong[:1]} differs")
-        kept = steps_saved(out)  # none, if it was killed before the first save was done
-        for step in kept:
-            name = checkpoint.step_name(step)
-            need(prove.digest(out / name) == prove.digest(whole / name), f"NOT G2: killed at {kills}; then {name} differs")
-        box.lost.append(at - max(kept, default=0))
+        need(not different(out, whole), f"NOT G2: killed at {kills}; then {different(out, whole)} differ")
+        box.lost.append(at - max(steps_saved(out), default=0))  # nothing is saved if it was killed before the first save
     box.resumed(out, whole, resume="auto", **steps)
     return f"N/N, killed after steps {', '.join(map(str, kills))}"
 
@@ -53,27 +45,18 @@ def one_of_two_killed(box: Box) -> str:
     whole = box.whole(ranks=2, **steps)
     goals = box.random.sample(range(25, 200), 3)
 
-    def killed(out: Path, goal: int, **how) -> tuple[Process, float]:
-        process = box.train(out, ranks=2, **steps, **how)
-        process.until(lambda: last_step(out) >= 1, "step 1")
-        victim = process.pid_of(1)
-        process.until(lambda: last_step(out) >= goal, f"step {goal}")
-        time.sleep(box.random.uniform(0, 0.02))
-        os.kill(victim, signal.SIGKILL)
-        return process, time.monotonic()
-
     for goal in box.some(goals):
-        out = box.folder / f"at_{goal}"
-        process, since = killed(out, goal)
-        box.fails(process, "after step ", "another process has gone", since=since)
+        out = box.path()
+        process = box.train(out, ranks=2, **steps)
+        since = box.killed(process, out, goal, rank=1)
+        box.fails(process, "after step ", "another process has ended", since=since)
         digests(out)
         box.resumed(out, whole, ranks=2, resume="auto", **steps)
     for goal in box.some(goals[:1]):
-        out = box.folder / "restarted"
-        process, since = killed(out, goal, torchrun=["--max-restarts=1"])
-        done = process.wait(2 * PATIENCE)
-        need(done.status == 0, f"torchrun --max-restarts=1 ended with {done.status}: {process.last_words()}")
-        need(not done.orphans, f"left over: {done.orphans}")
+        out = box.path()
+        process = box.train(out, ranks=2, torchrun=["--max-restarts=1"], **steps)
+        box.killed(process, out, goal, rank=1)
+        box.ends_well(process)
         box.same(whole, out)
     return "the other ends by itself; resumed by hand, and by torchrun --max-restarts=1, it is the same run"
 
@@ -82,19 +65,13 @@ def one_of_two_killed(box: Box) -> str:
 def signalled(box: Box) -> str:
     """One run each, stopped three times at random moments."""
     steps = dict(max_steps=200, checkpoint_interval=1000, eval_interval=50)
-    places = [("SIGTERM", 1, None), ("SIGINT", 1, None), ("SIGTERM", 2, None), ("SIGINT", 2, None), ("SIGTERM", 2, 1)]
+    places = [("SIGTERM", 1, -1), ("SIGINT", 1, -1), ("SIGTERM", 2, -1), ("SIGINT", 2, -1), ("SIGTERM", 2, 1)]
     for name, ranks, to in places[: 1 if box.quick else None]:
-        whole, out = box.whole(ranks, **steps), box.folder / f"{name}_{ranks}_{to}"
-        at = 0
-        for _ in box.some(range(3) if to is None else range(1)):
+        whole, out, at = box.whole(ranks, **steps), box.path(), 0
+        for _ in box.some(range(3) if to < 0 else range(1)):
             process = box.train(out, ranks, resume="auto", **steps)
-            goal = at + box.random.randint(2, 40)
-            process.until(lambda goal=at + 1, out=out: last_step(out) >= goal, f"step {at + 1}")
-            victim = process.popen.pid if to is None else process.pid_of(to)
-            process.until(lambda goal=goal, out=out: last_step(out) >= goal, f"step {goal}")
-            time.sleep(box.random.uniform(0, 0.02))
-            since = time.monotonic()
-            os.kill(victim, getattr(signal, name))
+            box.reach(process, out, at + 1)
+            since = box.killed(process, out, at + box.random.randint(2, 40), to, getattr(signal, name))
             done = process.wait(30)
             box.detect.append(time.monotonic() - since)
             if ranks == 1:
@@ -117,9 +94,7 @@ def other_number_of_processes(box: Box) -> str:
         whole = box.whole(before, **same)
         out = box.copy_of(whole, upto=12)
         box.trained(out, after, resume=True, **same)
-        expected, found = ({r["step"]: r["loss"] for r in log(o) if "loss" in r} for o in (whole, out))
-        need(max(found) == STEPS, f"the run ended at step {max(found)}")
-        worst = max([worst] + [abs(found[s] / expected[s] - 1) for s in expected])
+        worst = max(worst, loss_apart(whole, out))
         need(worst <= 1e-5, f"{before} to {after}: a loss is {worst:.1e} off")
         saved = [json.loads((o / "step_00000024" / "training.json").read_text())["sequences_seen"] for o in (whole, out)]
         need(saved[0] == saved[1], f"data cursors {saved}")
@@ -142,7 +117,7 @@ def killed_inside_accumulation(box: Box) -> str:
         whole = box.whole(ranks, **many)
         places = zip(box.random.sample(range(6, STEPS), 3), box.random.choices(range(1, per_step), k=3), strict=True)
         for step, micro in box.some(places):
-            out = box.folder / f"{ranks}_{step}_{micro}"
+            out = box.path()
             done = box.train(out, ranks, inject=[f"die_inside={step},{micro}"], **many).wait()
             need(done.status != 0 and last_step(out) == step, f"was not killed in step {step + 1}: at {last_step(out)}")
             need(not done.orphans, f"left over: {done.orphans}")
@@ -155,8 +130,8 @@ def other_intervals(box: Box) -> str:
     whole = box.whole()
     cases = [dict(eval_interval=3), dict(log_interval=1), dict(checkpoint_interval=5, background_save=False)]
     cases += [dict(sample_interval=4), dict(eval_interval=1, sample_interval=1, log_interval=3, checkpoint_interval=1)]
-    for n, changes in enumerate(box.some(cases)):
-        out = box.folder / str(n)
+    for changes in box.some(cases):
+        out = box.path()
         box.trained(out, **changes)
         need(prove.trajectory(out) == prove.trajectory(whole), f"{changes} changes the trajectory")
         for name in ("model.safetensors", "training.safetensors"):
@@ -172,7 +147,7 @@ def other_configuration(box: Box) -> str:
     for changes in box.some(refused):
         (name, value), *_ = changes.items()
         out = box.copy_of(whole, upto=8)
-        box.refused(out, name, str(value), "type --" + name, resume=True, **changes)
+        box.refused(out, name, str(value), "which cannot change", resume=True, **changes)
     shown = [dict(learning_rate=5e-3), dict(batch_size=8), dict(seed=7), dict(tokens_per_step=512), dict(max_steps=12)]
     for changes in box.some(shown):
         (name, value), *_ = changes.items()
@@ -197,14 +172,14 @@ def not_a_number(box: Box) -> str:
     cases = [(what, step) for what in ("loss", "gradient") for step in box.random.sample(range(2, STEPS), 3)]
     replayed = set()
     for what, step in box.some(cases):
-        out = box.folder / f"{what}_{step}"
+        out = box.path()
         process = box.train(out, inject=[f"nan={what},{step},0"], **each)
         line = box.fails(process, f"step {step + 1}: the {what}", "the parameters are those before the step", "h.1.mlp")
         capsule = out / f"crash_{step + 1:08d}"
         need(str(capsule) in line, f"the line does not name the capsule: {line}")
         before = checkpoint.step_name(step)
         need(weights_of(capsule) == weights_of(whole / before), "the weights are not those before the step")
-        need(steps_saved(out)[-1] == step and prove.digest(out / before) == prove.digest(whole / before), "checkpoints differ")
+        need(steps_saved(out)[-1] == step and not different(out, whole), "checkpoints differ")
         if what not in replayed:
             replayed.add(what)
             again = box.start(["train.py", "--replay", str(capsule)]).wait()
@@ -220,7 +195,7 @@ def not_a_number_on_one(box: Box) -> str:
     whole = box.whole(2, **each)
     for what, rank in box.some([("loss", 1), ("gradient", 1), ("loss", 0)]):
         step = box.random.randrange(2, STEPS)
-        out = box.folder / f"{what}_{rank}"
+        out = box.path()
         process = box.train(out, 2, inject=[f"nan={what},{step},{rank}"], **each)
         box.fails(process, f"step {step + 1}: the ", "h.1.mlp", f"in process {rank}")
         weights = [weights_of(folder) for folder in (out / f"crash_{step + 1:08d}", whole / checkpoint.step_name(step))]
@@ -233,7 +208,7 @@ def not_a_number_on_one(box: Box) -> str:
 def outlier(box: Box) -> str:
     watch = dict(outlier_window=8, outlier_z=8.0, checkpoint_interval=1, keep_checkpoints=100)
     for policy in box.some(["continue", "skip", "stop"]):
-        step, out = box.random.randrange(10, STEPS - 1), box.folder / policy
+        step, out = box.random.randrange(10, STEPS - 1), box.path()
         process = box.train(out, inject=[f"spike={step}"], on_outlier=policy, **watch)
         if policy == "stop":
             box.fails(process, f"step {step + 1}: ", "standard deviations above", "on_outlier=stop", "crash_")
@@ -254,7 +229,7 @@ def replica_changed(box: Box) -> str:
     names = ["transformer.wte.weight", "transformer.h.1.mlp.c_proj.bias", "transformer.ln_f.weight"]
     for name in box.some(names):
         step, bit = box.random.randrange(5, STEPS - 4), box.random.randrange(0, 20)  # a bit of the mantissa: no loss shows it
-        out = box.folder / name
+        out = box.path()
         inject = [f"flip={step},1,{name},{box.random.randrange(18)},{bit}"]
         process = box.train(out, 2, inject=inject, replica_interval=4, max_steps=1000, checkpoint_interval=500)
         at = (step // 4 + 1) * 4

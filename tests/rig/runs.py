@@ -10,9 +10,11 @@ import contextlib
 import hashlib
 import itertools
 import json
+import os
 import random
 import re
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -93,7 +95,19 @@ def digests(out: Path) -> dict[str, str]:
 
 
 def log(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return scripts.read_log(out)[0]
+
+
+def loss_apart(a: Path, b: Path) -> float:
+    """The largest relative difference of a loss of two runs, which must have the same steps."""
+    left, right = ({r["step"]: r["loss"] for r in log(out) if "loss" in r} for out in (a, b))
+    need(left.keys() == right.keys(), f"the runs end at steps {max(left)} and {max(right)}")
+    return max(abs(right[step] / left[step] - 1) for step in left)
+
+
+def different(out: Path, whole: Path) -> list[str]:
+    """Those of a run's checkpoints, each of which must verify, that are not the uninterrupted run's."""
+    return [name for name, found in digests(out).items() if found != prove.digest(whole / name)]
 
 
 def seal(folder: Path) -> None:
@@ -219,9 +233,11 @@ class Box:
         script = [INJECT, *arranged, "--"] if arranged else ["train.py"]
         return self.start([*script, *self.flags(out, **changes)], ranks, env, torchrun)
 
-    def trained(self, out: Path, ranks: int = 1, seconds: float = 2 * PATIENCE, **how) -> Done:
+    def trained(self, out: Path, ranks: int = 1, **how) -> Done:
         """A run that must come to its end."""
-        process = self.train(out, ranks, **how)
+        return self.ends_well(self.train(out, ranks, **how))
+
+    def ends_well(self, process: Process, seconds: float = 4 * PATIENCE) -> Done:
         done = process.wait(seconds)
         need(done.status == 0, f"a run that should have ended well ended with {done.status}: {process.last_words()}")
         need(not done.orphans, f"left over by a run that ended well: {done.orphans}")
@@ -231,6 +247,20 @@ class Box:
         """The folder of a run that nothing interrupts, with all its checkpoints."""
         key = (ranks, *sorted(changes.items()))
         return self.stage.once(key, lambda out: self.trained(out, ranks, keep_checkpoints=1000, **changes))
+
+    def reach(self, process: Process, out: Path, step: int, seconds: float = 60) -> None:
+        """Wait until a step of a run is in its log."""
+        process.until(lambda: last_step(out) >= step, f"step {step}", seconds)
+
+    def killed(self, process: Process, out: Path, step: int, rank: int | None = None, number: int = signal.SIGKILL) -> float:
+        """Send a signal at a random moment after a step, to a rank, to what was started (-1) or to all (None); returns when."""
+        self.reach(process, out, 1)
+        victim = None if rank is None else process.pid_of(rank) if rank >= 0 else process.popen.pid
+        self.reach(process, out, step)
+        time.sleep(self.random.uniform(0, 0.02))
+        now = time.monotonic()
+        process.kill() if victim is None else os.kill(victim, number)
+        return now
 
     def sample(self, place: Path, *flags: str) -> Process:
         return self.start(["sample.py", str(place), "--max_new_tokens=3", *flags])
@@ -264,9 +294,7 @@ class Box:
         if was < steps:
             process.until(caught_up, f"step {was + 1} of the resumption")
             self.recover.append(time.monotonic() - process.began)
-        done = process.wait(2 * PATIENCE)
-        need(done.status == 0, f"the resumption ended with {done.status}: {process.last_words()}")
-        need(not done.orphans, f"left over by the resumption: {done.orphans}")
+        done = self.ends_well(process)
         self.lost.append(was - kept)
         self.same(like, out)
         left = sorted(p.name for p in out.iterdir() if p.name.startswith((".writing", ".replaced", ".removing")))

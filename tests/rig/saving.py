@@ -1,5 +1,6 @@
 """F01 to F10: saves that are interrupted, checkpoints that are damaged, forged or written by two at once."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -8,7 +9,7 @@ import resource
 import signal
 import struct
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import safetensors.torch
@@ -18,8 +19,7 @@ from base.errors import UserError
 from corpus import shards
 from engine import checkpoint, restore
 from rig.processes import PATIENCE, clean, need
-from rig.runs import STEPS, Box, digests, fault, last_step, rewrite, seal, steps_saved
-from safety import prove
+from rig.runs import Box, different, digests, fault, rewrite, seal, steps_saved
 
 
 @fault("F01", "SIGKILL in a save, at 10 byte offsets, and in the first save", "the newest complete checkpoint loads, G2")
@@ -31,12 +31,12 @@ def killed_while_saving(box: Box) -> str:
     offsets = [size + max(1, int(part * size)) for part in parts]
     box.random.shuffle(offsets)
     for offset in box.some([*offsets, size // 2]):
-        out = box.folder / str(offset)
+        out = box.path()
         done = box.start(["-m", "safety.prove", f"--kill_at_byte={offset}", "--", *box.flags(out)]).wait()
         need(done.status == -signal.SIGKILL, f"was not killed at byte {offset}: status {done.status}")
         if offset > size:
             need(steps_saved(out) == [4], f"byte {offset}: {steps_saved(out)} are saved, not [4]")
-            need(digests(out)[first.name] == prove.digest(first), f"byte {offset}: step 4 is not what was saved")
+            need(not different(out, whole), f"byte {offset}: step 4 is not what was saved")
         box.resumed(out, whole, resume="auto")
     return "N/N: the save before loads, the resumed run is bit for bit the same"
 
@@ -46,44 +46,38 @@ def killed_between_system_calls(box: Box) -> str:
     """The third save, which removes the first one; and the save of a step that is there already, but damaged."""
     whole = box.whole()
 
-    def calls_of(out: Path, step: int, **how) -> list[str]:
-        """The system calls of a save, by letting one happen."""
-        box.train(out, inject=[f"die_before=0,{step},{out}.calls"], **how).wait()
-        return Path(f"{out}.calls").read_text().split()
-
-    def die(out: Path, n: int, step: int, **how) -> None:
-        done = box.train(out, inject=[f"die_before={n},{step},{out}.calls"], **how).wait()
-        need(done.status == -signal.SIGKILL, f"was not killed before call {n}: status {done.status}")
+    def die(out: Path, n: int, **how) -> list[str]:
+        """Die before the n-th system call of the save of step 12; n = 0: save, and return all the calls."""
+        done = box.train(out, inject=[f"die_before={n},12,{out}.calls"], **how).wait()
+        need(done.status == (-signal.SIGKILL if n else 0), f"before call {n}: ended with status {done.status}")
+        return [] if n else Path(f"{out}.calls").read_text().split()
 
     few = dict(keep_checkpoints=1, keep_best=False)
-    calls = calls_of(box.folder / "count", 12, max_steps=STEPS, **few)
-    need("rename" in calls and "fsync" in calls and "rmdir" in calls, f"the save of step 12 does {calls}")
+    calls = die(box.path(), 0, **few)
+    need({"rename", "fsync", "rmdir"} <= set(calls), f"the save of step 12 does {calls}")
     removals = [n for n, name in enumerate(calls) if name in ("unlink", "rmdir")]
     chosen = [n + 1 for n in range(len(calls)) if n not in removals[1:-1]]
     box.random.shuffle(chosen)
     for n in box.some(chosen):
-        out = box.folder / f"call_{n}"
-        die(out, n, 12, **few)
-        found = digests(out)  # of all that has the name of a checkpoint: nothing half removed is among them
-        need(found, f"before {calls[n - 1]} {n}: nothing is saved")
-        wrong = [name for name in found if found[name] != prove.digest(whole / name)]
-        need(not wrong, f"before {calls[n - 1]} {n}: {wrong} have changed")
+        out = box.path()
+        die(out, n, **few)
+        need(not different(out, whole), f"before {calls[n - 1]} {n}: {different(out, whole)} have changed")
+        need(steps_saved(out), f"before {calls[n - 1]} {n}: nothing is saved")
         box.resumed(out, whole, **few)
 
-    again = dict(resume=True, max_steps=STEPS, keep_checkpoints=3, keep_best=False)
+    again = dict(resume=True, keep_checkpoints=3, keep_best=False)
 
-    def damaged(name: str) -> Path:
+    def damaged() -> Path:
         out = box.copy_of(whole, upto=12)
-        with open(out / "step_00000012" / "model.safetensors", "r+b") as f:
-            f.truncate(1000)
+        os.truncate(out / "step_00000012" / "model.safetensors", 1000)
         return out
 
-    calls = calls_of(damaged("count_again"), 12, **again)
+    calls = die(damaged(), 0, **again)
     renames = [n + 1 for n, name in enumerate(calls) if name == "rename"]
     need(len(renames) == 2, f"the save over a damaged step does {calls}")
     for n in box.some([renames[0], renames[1], renames[1] + 1, renames[1] + 3]):
-        out = damaged(f"again_{n}")
-        die(out, n, 12, **again)
+        out = damaged()
+        die(out, n, **again)
         need(8 in steps_saved(out), f"over a damaged step, before call {n}: {steps_saved(out)} are saved")
         box.resumed(out, whole, keep_checkpoints=3, keep_best=False)
     return f"killed before {box.tries} calls ({', '.join(sorted(set(calls)))}); nothing lost, nothing left over"
@@ -132,41 +126,32 @@ def bit_flipped(box: Box) -> str:
     files = sorted(folder.iterdir())
     accepted = []
 
-    def flip(path: Path, at: int, bit: int) -> None:
-        content = bytearray(path.read_bytes())
-        content[at] ^= 1 << bit
+    @contextlib.contextmanager
+    def flipped(path: Path) -> Iterator[str]:
+        content, at, bit = path.read_bytes(), box.random.randrange(path.stat().st_size), box.random.randrange(8)
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :])
+        yield f"{path.name}, byte {at}, bit {bit}"
         path.write_bytes(content)
 
     for k in range(100):
         box.tries += 1
-        path = files[k % len(files)]
-        place = path, box.random.randrange(path.stat().st_size), box.random.randrange(8)
-        flip(*place)
-        try:
+        with flipped(files[k % len(files)]) as place, contextlib.suppress(UserError):
             restore.verify(folder)
-            accepted.append(f"{path.name}, byte {place[1]}, bit {place[2]}")
-        except UserError:
-            pass
-        flip(*place)
+            accepted.append(place)
     restore.verify(folder)
     need(not accepted, f"{len(accepted)} of 100 were accepted: {'; '.join(accepted[:5])}")
     for path in box.some(files[:3]):
-        place = path, box.random.randrange(path.stat().st_size), box.random.randrange(8)
-        flip(*place)
-        box.fails(box.sample(folder), path.name)
-        box.fails(box.train(out, resume=True), "none of its 1 checkpoint(s) is usable")
-        flip(*place)
+        with flipped(path):
+            box.fails(box.sample(folder), path.name)
+            box.fails(box.train(out, resume=True), "none of its 1 checkpoint(s) is usable")
     return "100 of 100 refused, and by train.py --resume and sample.py"
 
 
-@dataclass
-class Bomb:
-    """Whoever unpickles it makes a folder."""
-
-    marker: str
+class Bomb(str):
+    """A path. Whoever unpickles it makes that folder."""
 
     def __reduce__(self):
-        return os.mkdir, (self.marker,)
+        return os.mkdir, (str(self),)
 
 
 @fault(
@@ -175,35 +160,29 @@ class Bomb:
 def malicious_pickle(box: Box) -> str:
     bomb = Bomb(str(box.folder / "ran"))
     whole = box.whole()
-    cases = [(name, how) for how in ("torch", "pickle") for name in ("model.safetensors", "training.safetensors")]
-    cases += [("tokenizer.json", "pickle"), ("config.json", "pickle")]
-
-    def plant(path: Path, how: str) -> None:
-        if how == "torch":
-            torch.save(bomb, path)
-        else:
-            path.write_bytes(pickle.dumps(bomb, 0))
-
-    for name, how in box.some(cases):
+    by_torch, by_pickle = torch.save, lambda bomb, path: path.write_bytes(pickle.dumps(bomb, 0))
+    cases = [(name, how) for how in (by_torch, by_pickle) for name in ("model.safetensors", "training.safetensors")]
+    cases += [("tokenizer.json", by_pickle), ("config.json", by_pickle)]
+    for name, plant in box.some(cases):
         out = box.copy_of(whole, upto=4)
         folder = out / "step_00000004"
-        plant(folder / name, how)
+        plant(bomb, folder / name)
         seal(folder)
         if name != "training.safetensors":
             box.fails(box.sample(folder), name)
         if name != "tokenizer.json":  # a run takes its tokenizer from its data
             box.fails(box.train(out, resume=True), name)
     for name in box.some(["tokenizer.json", "train_000000.bin"]):
-        where = box.data(lambda folder, name=name: plant(folder / name, "pickle"), sealed=True)
+        where = box.data(lambda folder, name=name: by_pickle(bomb, folder / name), sealed=True)
         box.refused(box.path(), name, data_dir=str(where))
     for _ in box.some(["hf"]):
-        hf = box.folder / "hf"
+        hf = box.path("hf")
         hf.mkdir()
-        sizes = dict(n_layer=1, n_head=1, n_embd=8, vocab_size=50257, n_positions=8)
-        (hf / "config.json").write_text(json.dumps(dict(model_type="gpt2") | sizes))
-        torch.save(bomb, hf / "pytorch_model.bin")
-        box.fails(box.start(["sample.py", str(hf)]), "never opened")
-    need(not Path(bomb.marker).exists(), "the pickle was run")
+        sizes = dict(model_type="gpt2", n_layer=1, n_head=1, n_embd=8, vocab_size=50257, n_positions=8)
+        (hf / "config.json").write_text(json.dumps(sizes))
+        by_torch(bomb, hf / "pytorch_model.bin")
+        box.fails(box.sample(hf), "never opened")
+    need(not Path(bomb).exists(), "the pickle was run")
     return "N/N refused by name, nothing was run"
 
 
@@ -234,12 +213,11 @@ def unknown_version(box: Box) -> str:
     path = out / "step_00000004" / "manifest.json"
     values = json.loads(path.read_text())
     path.write_text(json.dumps(values | {"format": 99}))
-    for _ in box.some(["sample"]):
-        box.fails(box.sample(path.parent), "checkpoint format 99", f"reads {checkpoint.FORMAT}")
-    for _ in box.some(["resume"]):
-        process = box.train(out, resume=True)
-        box.fails(process, "none of its 1 checkpoint(s) is usable")
-        need("checkpoint format 99" in process.wait().out, "the resumed run does not report why")
+    box.tries += 2
+    box.fails(box.sample(path.parent), "checkpoint format 99", f"reads {checkpoint.FORMAT}")
+    process = box.train(out, resume=True)
+    box.fails(process, "none of its 1 checkpoint(s) is usable")
+    need("checkpoint format 99" in process.wait().out, "the resumed run does not report why")
     versions = {
         shards.MANIFEST: lambda b: b.replace(b'"version": 1', b'"version": 99', 1),
         "val_000000.bin": lambda b: b[:8] + struct.pack("<I", 99) + b[12:],
@@ -256,18 +234,17 @@ def two_writers(box: Box) -> str:
     steps = dict(max_steps=1500, checkpoint_interval=300, eval_interval=500)
     whole = box.whole(**steps)
     for resume in box.some([False, True, "auto"]):
-        out = box.folder / f"resume_{resume}"
+        out = box.path()
         writer = box.train(out, **steps)
-        writer.until(lambda out=out: last_step(out) >= 310, "step 310")
+        box.reach(writer, out, 310)
         box.fails(box.train(out, resume=resume, **steps), "another process is training in", str(out))
         need(writer.popen.poll() is None, "the first run had ended before the second was refused: nothing was tested")
         need(writer.wait(2 * PATIENCE).status == 0, "the first run was disturbed")
         box.same(whole, out)
         need(not list(box.folder.glob(f"{out.name}.*")), "the first run's folder was moved")
     for _ in box.some(["at once"]):
-        out = box.folder / "at_once"
-        writers = [box.train(out, **steps) for _ in range(3)]
-        ends = [w.wait(2 * PATIENCE) for w in writers]
+        out = box.path()
+        ends = [w.wait(2 * PATIENCE) for w in [box.train(out, **steps) for _ in range(3)]]
         need(sorted(e.status for e in ends) == [0, 2, 2], f"three at once ended with {[e.status for e in ends]}")
         for end in ends:
             if end.status:

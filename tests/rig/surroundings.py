@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import os
 import re
 import shutil
 import signal
@@ -23,7 +22,7 @@ from configurator import GPTConfig
 from corpus import shards
 from model import GPT
 from rig.processes import PATIENCE, START, Failed, clean, need
-from rig.runs import TINY, Box, digests, fault, last_step, log, rewrite, seal
+from rig.runs import TINY, Box, digests, fault, log, loss_apart, rewrite, seal
 
 # ---- data -------------------------------------------------------------------------------------------------------------
 
@@ -58,18 +57,15 @@ def token_beyond_vocabulary(box: Box) -> str:
     """In a small shard, which is read through at the start; in one of 70 MB, which is looked at as it is read."""
     for size in box.some([0, 35_000_000]):
         content = (box.stage.data / "tiny" / "train_000000.bin").read_bytes()
-        head, tokens = (
-            bytearray(content[: shards.HEADER_BYTES]),
-            np.frombuffer(content, "<u2", offset=shards.HEADER_BYTES).copy(),
-        )
+        head, tokens = content[: shards.HEADER_BYTES], np.frombuffer(content, "<u2", offset=shards.HEADER_BYTES).copy()
         if size:  # the second half is bad: the first step of 8 sequences meets it, or the second
             tokens = np.resize(tokens, size)
             tokens[size // 2 :] = 999
-            struct.pack_into("<Q", head, 20, size)
+            head = head[:20] + struct.pack("<Q", size) + head[28:]
         else:
             place = box.random.randrange(len(tokens))
             tokens[place] = 60_000
-        changed = bytes(head) + tokens.tobytes()
+        changed = head + tokens.tobytes()
         where = box.data(rewrite("train_000000.bin", lambda _, changed=changed: changed), sealed=True)
         line = box.fails(box.train(box.path(), data_dir=str(where)), str(where / "tiny" / "train_000000.bin"))
         said = re.search(r"token (\d+) is (\d+), the vocabulary has (\d+)", line)
@@ -103,21 +99,13 @@ def no_data(box: Box) -> str:
 def data_changed(box: Box) -> str:
     """Another text of the same alphabet; one token more or less likely; in a shard whose digest fits, and in one where not."""
     whole = box.whole()
-
     one_token = rewrite("train_000000.bin", lambda b: b[:1000] + bytes([b[1000] ^ 1]) + b[1001:])
 
-    def reversed_text() -> Path:
-        where = box.path("data")
-        box.stage.prepare(where, lambda text: text[::-1])
-        return where
-
-    cases: list[tuple[Callable[[], Path], str]] = [
-        (reversed_text, "has changed since"),
-        (lambda: box.data(one_token), "is damaged"),
-        (lambda: box.data(one_token, sealed=True), "has changed since"),
-    ]
-    for other_data, word in box.some(cases):
-        box.refused(box.copy_of(whole, upto=8), word, resume=True, data_dir=str(other_data()))
+    backwards = box.path("data")
+    box.stage.prepare(backwards, lambda text: text[::-1])
+    cases = [(backwards, "changed since"), (box.data(one_token), "is damaged"), (box.data(one_token, True), "changed since")]
+    for other, word in box.some(cases):
+        box.refused(box.copy_of(whole, upto=8), word, resume=True, data_dir=str(other))
     return "N/N refused"
 
 
@@ -132,11 +120,10 @@ def epoch_wraps(box: Box) -> str:
     record.mkdir()
     process = box.train(out, 2, inject=[f"record={record}"], **steps)
     if not box.quick:
-        process.until(lambda: last_step(out) >= steps["max_steps"] // 2, "the second epoch")
+        box.reach(process, out, steps["max_steps"] // 2)
         process.kill()
         process = box.train(out, 2, inject=[f"record={record}"], resume=True, **steps)
-    done = process.wait(2 * PATIENCE)
-    need(done.status == 0, f"ended with {done.status}: {process.last_words()}")
+    box.ends_well(process)
     seen: dict[int, dict[tuple[int, int], list[int]]] = {}  # step -> (micro, rank) -> where its sequences begin
     for path in record.iterdir():
         for line in path.read_text().splitlines():
@@ -164,12 +151,9 @@ def stopped(box: Box) -> str:
     """What remains to be waited for then is torchrun, which gives a process 30 s to obey before it kills it."""
     endless = dict(max_steps=10**6, checkpoint_interval=20, timeout_minutes=0.15)
     for rank in box.some([1, 0]):
-        out = box.folder / f"rank_{rank}"
+        out = box.path()
         process = box.train(out, 2, **endless)
-        process.until(lambda out=out: last_step(out) >= 50, "step 50")
-        victim = process.pid_of(rank)
-        os.kill(victim, signal.SIGSTOP)
-        since = time.monotonic()
+        since = box.killed(process, out, 50, rank, signal.SIGSTOP)
         said = f"rank {rank} does not answer"
         with contextlib.suppress(Failed):  # what it says is judged below
             process.until(lambda p=process: any("error: " in err for _, err in p.texts().values()), "a word", 30)
@@ -178,6 +162,12 @@ def stopped(box: Box) -> str:
         clean(dataclasses.replace(done, seconds=0), said, "timeout_minutes")
         need(len(digests(out)) > 0, "nothing is saved")
     return "named after 9 s and the 3 s in which the others tell where they stand; all gone when torchrun gives up"
+
+
+def meeting(rank: int, address: str | None, port: int | None) -> dict[str, str | None]:
+    """The environment that torchrun would give to one of two processes."""
+    place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2, MASTER_ADDR=address, MASTER_PORT=port)
+    return {name: None if value is None else str(value) for name, value in place.items()}
 
 
 @fault("F28", "port in use, no such host, no address, nobody there, somebody else there", "clean failure within 30 s")
@@ -189,19 +179,18 @@ def no_meeting(box: Box) -> str:
         free.bind(("127.0.0.1", 0))
         port, other = taken.getsockname()[1], free.getsockname()[1]
         cases = [
-            ("port in use", dict(RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)), str(port)),
-            ("no such host", dict(RANK="1", MASTER_ADDR="nobody.invalid", MASTER_PORT="29500"), "nobody.invalid"),
-            ("no address", dict(RANK="1", MASTER_ADDR=None, MASTER_PORT=None), "MASTER_ADDR"),
-            ("nobody there", dict(RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(other)), str(other)),
-            ("somebody else there", dict(RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)), str(port)),
+            ("port in use", 0, "127.0.0.1", port, str(port)),
+            ("no such host", 1, "nobody.invalid", 29500, "nobody.invalid"),
+            ("no address", 1, None, None, "MASTER_ADDR"),
+            ("nobody there", 1, "127.0.0.1", other, str(other)),
+            ("somebody else there", 1, "127.0.0.1", port, str(port)),
         ]
 
-        def judge(case: tuple[str, dict, str]) -> str | None:
-            what, env, word = case
-            env = env | dict(WORLD_SIZE="2", LOCAL_RANK=env["RANK"], LOCAL_WORLD_SIZE="2")
+        def judge(case: tuple) -> str | None:
+            what, rank, address, port, word = case
             try:
-                process = box.train(box.folder / "none", env=env)
-                box.fails(process, f"process {env['RANK']} of 2", word, "--rdzv-endpoint", within=30 + START)
+                process = box.train(box.path(), env=meeting(rank, address, port))
+                box.fails(process, f"process {rank} of 2", word, "--rdzv-endpoint", within=30 + START)
             except Failed as e:
                 return f"{what}: {e}"
 
@@ -218,13 +207,9 @@ def different_settings(box: Box) -> str:
     for word, changes in box.some(cases):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
-            where = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]), LOCAL_WORLD_SIZE="2")
-        out = box.folder / f"run_{word}"
-        both = [
-            box.train(out, env=where | dict(RANK=str(rank), LOCAL_RANK=str(rank)), **(changes if rank else {}))
-            for rank in range(2)
-        ]
-        for process in both:
+            port, out = s.getsockname()[1], box.path()
+        envs = [meeting(rank, "127.0.0.1", port) for rank in range(2)]
+        for process in [box.train(out, env=envs[0]), box.train(out, env=envs[1], **changes)]:
             box.fails(process, "ranks disagree", f"{word} is", "in process 1")
         need(not out.exists(), "a run was begun")
     return "N/N refused by both processes"
@@ -240,11 +225,7 @@ def odd_sampling(box: Box) -> str:
     (box.folder / "bad.txt").write_bytes(b"the cat \xff\xfe")
 
     def sampled(*flags: str) -> str:
-        process = box.sample(out, "--max_new_tokens=40", *flags)
-        done = process.wait()
-        need(done.status == 0, f"{flags[0][:30]}: ended with {done.status}: {process.last_words()}")
-        need("Traceback" not in done.texts[0][1], f"{flags[0][:30]}: a traceback")
-        return done.out
+        return box.ends_well(box.sample(out, "--max_new_tokens=40", *flags)).out
 
     alphabet = set(box.stage.text())
     for flags in box.some([["--prompt=" + "the cat sat on a mat, " * 50], ["--prompt="], ["--prompt=the", "--top_k=1000000"]]):
@@ -276,32 +257,28 @@ def unknown_setting(box: Box) -> str:
         box.fails(box.sample(box.whole(), "--temprature=1"), "temprature", "temperature")
         out = box.copy_of(box.whole(), upto=4)
         folder = out / "step_00000004"
-        values = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(values | {"n_layers": 2}))
+        rewrite("config.json", lambda b: b.replace(b"n_layer", b"n_layers"))(folder)
         seal(folder)
         box.refused(out, "config.json", "n_layers", "n_layer", resume=True)
     return "each refused in one line with what was meant"
 
 
-@fault("F32", "out of memory: micro-batch, or one sequence, too large; 1 and 2 processes", "halved aloud; or clean")
+@fault("F32", "out of memory: micro-batch, or one sequence, too large; 1 and 2 processes", "halved with a message; or clean")
 def out_of_memory(box: Box) -> str:
     """The kernel refuses more than some MB on top of what the process has when its first step begins."""
     steps = dict(dropout=0.0, tokens_per_step=2048 * 32, max_steps=6, checkpoint_interval=3, eval_interval=6)
     for ranks, room in box.some([(1, 150), (2, 90)]):
         whole = box.whole(ranks, batch_size=64, **steps)
-        out = box.folder / f"on_{ranks}"
-        process = box.train(out, ranks, inject=[f"memory={room}"], batch_size=2048, **steps)
-        done = process.wait(2 * PATIENCE)
-        need(done.status == 0, f"{ranks} process(es): ended with {done.status}: {process.last_words()}")
+        out = box.path()
+        done = box.trained(out, ranks, inject=[f"memory={room}"], batch_size=2048, **steps)
         said = re.findall(r"out of memory with micro-batches of (\d+) .* as \d+ x (\d+)", done.out)
         need(said, f"{ranks} process(es): nothing was said (were {room} MB enough?)")
-        losses = [{r["step"]: r["loss"] for r in log(o) if "loss" in r} for o in (whole, out)]
-        off = max(abs(losses[1][s] / losses[0][s] - 1) for s in losses[0])
+        off = loss_apart(whole, out)
         need(off < 1e-4, f"{ranks} process(es): a loss is {off:.0e} off after halving")
     long = dict(block_size=4096, tokens_per_step=4096, batch_size=1, max_steps=4, checkpoint_interval=1, eval_interval=100)
     for ranks in box.some([1, 2]):
         tokens = dict(tokens_per_step=4096 * ranks)
-        out = box.folder / f"too_long_{ranks}"
+        out = box.path()
         box.trained(out, ranks, **long | tokens | dict(max_steps=1))
         before = digests(out)
         since = time.monotonic()
@@ -311,15 +288,15 @@ def out_of_memory(box: Box) -> str:
     return "halved until it fits, with the same losses; where one sequence does not fit, one line, checkpoint intact"
 
 
-@fault("F33", "no C++ compiler", "eager and said aloud; asked for by name: clean failure")
+@fault("F33", "no C++ compiler", "eager with a message; asked for by name: clean failure")
 def no_compiler(box: Box) -> str:
     bare = dict(PATH=str(box.folder), CXX=None, CC=None)
-    out = box.folder / "auto"
+    out = box.path()
     box.tries += 2
     done = box.trained(out, env=bare, compile="auto")
-    need("compile = False (there is no C++ compiler" in done.out, "it was not said aloud")
+    need("compile = False (there is no C++ compiler" in done.out, "it was not reported")
     on = next(r["effective"] for r in log(out) if "effective" in r)
     need(on["compile"] is False, "effective() says it was compiled")
     box.same(box.whole(), out)
-    box.refused(box.folder / "by_name", "compile=True is not available", "--compile=False", env=bare, compile=True)
+    box.refused(box.path(), "compile=True is not available", "--compile=False", env=bare, compile=True)
     return "auto trains eagerly, says so, and is bit for bit the eager run; compile=True says what to install"
