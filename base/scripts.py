@@ -50,7 +50,8 @@ def last_words(stderr: str) -> str:
 def end_with_parent(parent: int, how: int = signal.SIGKILL) -> None:
     """Let this process end when `parent`, which started it, ends: however it ends, SIGKILL included.
 
-    On Linux the kernel sends the signal, prctl(2). Elsewhere a thread looks every second.
+    On Linux the kernel sends the signal, prctl(2): in fact when the thread ends that started this process, so start it from
+    one that lives as long. Elsewhere a thread of this process looks every second.
     """
     if prctl:
         PR_SET_PDEATHSIG = 1  # linux/prctl.h
