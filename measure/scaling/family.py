@@ -101,8 +101,8 @@ def depth(n_embd: int) -> int:
 
 
 def n_params(n_embd: int, vocab_size: int, T: int) -> int:
-    """model.GPT's n_params(), in closed form: embeddings, blocks, last norm. The search for sizes asks for over a hundred models,
-    which would take seconds to build; a test compares the two."""
+    """model.GPT's n_params(), in closed form: embeddings, blocks, last norm. The search for sizes asks for over a hundred
+    models, which would take seconds to build; a test compares the two."""
     return n_embd * (vocab_size + T + 2) + depth(n_embd) * (12 * n_embd**2 + 13 * n_embd)
 
 
