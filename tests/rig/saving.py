@@ -142,7 +142,8 @@ def bit_flipped(box: Box) -> str:
     need(not accepted, f"{len(accepted)} of 100 were accepted: {'; '.join(accepted[:5])}")
     for path in box.some(files[:3]):
         with flipped(path):
-            box.fails(box.sample(folder), path.name)
+            # a manifest with another digest in it makes another file look damaged
+            box.fails(box.sample(folder), str(folder) if path.name == "manifest.json" else path.name)
             box.fails(box.train(out, resume=True), "none of its 1 checkpoint(s) is usable")
     return "100 of 100 refused, and by train.py --resume and sample.py"
 
