@@ -264,7 +264,9 @@ def load_model(name: str, say: Callable[[str], None] = print) -> tuple[GPT, Toke
     hub = re.fullmatch(r"gpt2(-medium|-large|-xl)?|[\w.-]+/[\w.-]+", name) and not name.startswith(("out/", "./"))
     if hub and path.suffix != ".py":
         return with_gpt2_tokenizer(pretrained.load_hub(name), name)
-    raise UserError(f"{name} is not a run, a checkpoint or a model folder: use a folder like out/shakespeare, or gpt2")
+    raise UserError(
+        f"{name} is not a run, a checkpoint or a model folder: use a folder like out/shakespeare, a hub name like gpt2, or (for sample.py and evaluate.py) a config file"
+    )
 
 
 def with_gpt2_tokenizer(model: GPT, name: str) -> tuple[GPT, Tokenizer]:
