@@ -315,9 +315,7 @@ def export_hf(model: GPT, tokenizer: Tokenizer, to: Path, say: Callable[[str], N
                 raise UserError(f"transformers computes something else from it: logits differ by {difference:.1e}")
             say(f"transformers reads it: same tokens, logits up to {largest:.3g}, largest difference {difference:.1e}")
         else:
-            say(
-                "not checked: transformers is not installed (pip install transformers, then export again)"
-            )
+            say("not checked: transformers is not installed (pip install transformers, then export again)")
         os.rename(temporary, to)
     except OSError as e:
         raise UserError(f"cannot write {to}: {e.strerror or e}; use another path") from None
