@@ -265,7 +265,8 @@ def load_model(name: str, say: Callable[[str], None] = print) -> tuple[GPT, Toke
     if hub and path.suffix != ".py":
         return with_gpt2_tokenizer(pretrained.load_hub(name), name)
     raise UserError(
-        f"{name} is not a run, a checkpoint or a model folder: use a folder like out/shakespeare, a hub name like gpt2, or (for sample.py and evaluate.py) a config file"
+        f"{name} is not a run, a checkpoint or a model folder: use a folder like out/shakespeare, a hub name like gpt2, or "
+        "(sample.py, evaluate.py) a config file"
     )
 
 
