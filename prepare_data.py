@@ -12,7 +12,7 @@
     python prepare_data.py hellaswag            the 10,042 questions of evaluate.py --hellaswag
 
 Text files are one text: the first 90% of their characters train, the rest validates. Of rows and separated documents every
-hundredth validates, from the first on, whatever the size of shards. Texts are UTF-8 in every locale.
+hundredth validates, from the first on, whatever the size of shards. Texts are UTF-8 in every locale, line ends stay.
 """
 
 import os
@@ -31,12 +31,14 @@ from base.errors import UserError
 from base.files import read_text, write_atomically
 from corpus import bpe, encoding, hellaswag, shards, sources, writing
 from corpus.sources import ENWIK8, NAMED, Hub, Part, Reader, TextPart
-from tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, from_json
+from tokenizer import END_OF_TEXT, CharTokenizer, GPT2Tokenizer, Tokenizer, from_json
 
+BPE_SIZE = 4096  # ids of a BPE, unless told otherwise
 LEARNT_FROM = 2**30  # characters of the train split, from its start, that a BPE is learnt from: 2 minutes on one core
 CONFIGS = {  # data set -> what trains on it as it is
     "shakespeare": "config/shakespeare.py",
     "shakespeare_char": "config/shakespeare_char_cpu.py",
+    "enwik8": "config/enwik8.py",
     "openwebtext": "config/openwebtext_124m.py",
     "fineweb_edu": "config/gpt2_124m.py",
 }
@@ -128,6 +130,8 @@ def plan(cfg: PrepareConfig, patterns: list[str]) -> Plan:
     stem = where.name.rpartition("/")[2] if isinstance(where, Hub) else Path(first).resolve().stem.strip("*?[]")
     named = first in NAMED and where is not None
     name = cfg.name or (first if named else stem) or "mine"
+    if not cfg.name and (len(patterns) > 1 or not stem):
+        print(f"the data set is named {name}: use --name=… for another name")
     if Path(name).name != name or len(os.fsencode(name)) > 200:
         raise UserError(f"name={name[:200]!r} must be a plain name of at most 200 bytes, not a path")
     if where is not None:
@@ -155,8 +159,10 @@ def plan(cfg: PrepareConfig, patterns: list[str]) -> Plan:
         parts = [sources.file_part(path, cfg.column, cfg.separator) for path in files]
     else:
         parts = sources.text_parts(files, cfg.val_fraction or 0.1)
-        if hinted := next((p for p in files if sources.mentions_end_of_text(p)), None):
+        if hinted := next((p for p in files if sources.mentions(p, END_OF_TEXT)), None):
             print(f"{hinted} contains <|endoftext|>, read as text: use --separator='<|endoftext|>' to make documents of it")
+    if windows := next((p for p in files if p not in rows and sources.mentions(p, "\r\n")), None):
+        print(f"{windows} has Windows line ends (CRLF), which are kept: to remove them, run tr -d '\\r' on it first")
     if not sum(part.size for part in parts):
         raise UserError(f"{', '.join(patterns)} has no text in it")
     identity = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files] if where is None else [where.sha256]
@@ -185,7 +191,11 @@ def make_tokenizer(cfg: PrepareConfig, todo: Plan, every: int) -> Tokenizer:
             read += len(text)
             return read <= LEARNT_FROM
 
-        return bpe.train(takewhile(enough, texts({"train"})), cfg.vocab_size or 4096, processes=cfg.processes)
+        learnt = bpe.train(takewhile(enough, texts({"train"})), cfg.vocab_size or BPE_SIZE, processes=cfg.processes)
+        if learnt.vocab_size < (wanted := cfg.vocab_size or BPE_SIZE):
+            why = "each word of the train split is already one token, so there is nothing left to merge"
+            print(f"the BPE ends at {learnt.vocab_size:,} of {wanted:,} ids: {why}")
+        return learnt
     try:
         return from_json(read_text(Path(todo.kind) / "tokenizer.json"))
     except (OSError, UnicodeDecodeError):
@@ -224,15 +234,13 @@ def prepare(cfg: PrepareConfig, todo: Plan) -> dict:
     tokenizer = make_tokenizer(cfg, replace(todo, kind=kind), every)
     check_space(folder, todo, tokenizer)
     try:
-        with writing.lock(folder):
+        with writing.lock(folder), writing.nothing_half_made(folder):
             if not progress:
                 writing.clean(folder, finished=False)
                 write_atomically(folder / "tokenizer.json", tokenizer.to_json().encode())
                 progress = {"request": request}
             made = writing.fill(folder, todo.parts, every, tokenizer, progress, processes, cfg.shard_tokens, todo.tokens)
-            if empty := {"train", "val"} - set(made["splits"]):
-                writing.clean(folder, finished=False)
-                raise UserError(f"there are too few documents: the {min(empty)} split is empty")
+            writing.check_length(made["splits"])
             cut = all(isinstance(part, TextPart) and part.split for part in todo.parts)  # then there is nothing to count
             more = {} if cut else {"documents": made["documents"]}
             shards.write_manifest(folder, made["splits"], tokenizer, todo.source, **more, **todo.more)
@@ -258,7 +266,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"which text? run python prepare_data.py {names}, hf:owner/name, or path/to/your.txt")
     if patterns == ["hellaswag"]:
         count = len(hellaswag.load_rows(cfg.data_dir))
-        print(f"{count:,} questions; next: python evaluate.py gpt2 --hellaswag{other_folder(cfg)}")
+        other = [f"--data_dir={cfg.data_dir}"] if cfg.data_dir != PrepareConfig.data_dir else []
+        print(f"{count:,} questions; next:", shlex.join(["python", "evaluate.py", "gpt2", "--hellaswag", *other]))
         return
     named = patterns[0] if len(patterns) == 1 and patterns[0] in NAMED else None
     folder = Path(cfg.data_dir) / (cfg.name or named or "")
@@ -266,8 +275,8 @@ def main(argv: list[str]) -> None:
         existing = shards.open_dataset(folder)
         counts = ", ".join(f"{len(existing.split(s)):,} {s} tokens" for s in existing.splits)
         print(f"{folder} already exists ({counts}); --force makes it again")
-        return
-    report(cfg, named, *make(cfg, patterns))
+        return print_next(cfg, folder.name, existing.tokenizer)
+    report(cfg, *make(cfg, patterns))
 
 
 def make(cfg: PrepareConfig, patterns: list[str]) -> tuple[Plan, dict]:
@@ -284,23 +293,27 @@ def make(cfg: PrepareConfig, patterns: list[str]) -> tuple[Plan, dict]:
     return todo, prepare(cfg, todo)
 
 
-def other_folder(cfg: PrepareConfig) -> str:
-    """The flag that the next command needs to find the data."""
-    return f" --data_dir={shlex.quote(cfg.data_dir)}" if cfg.data_dir != PrepareConfig.data_dir else ""
-
-
-def report(cfg: PrepareConfig, named: str | None, todo: Plan, made: dict) -> None:
-    """Print what has been made, and the command that trains on it."""
+def report(cfg: PrepareConfig, todo: Plan, made: dict) -> None:
+    """Print what has been made, and what to do with it."""
     folder, tokenizer = Path(cfg.data_dir) / todo.name, made["tokenizer"]
     for entries in made["splits"].values():
         files = f"{entries[0]['file']} … {entries[-1]['file']}" if len(entries) > 1 else entries[0]["file"]
         print(f"{folder}/{files}: {sum(e['tokens'] for e in entries):,} tokens of {tokenizer.vocab_size:,}")
-    base, settings = CONFIGS.get(todo.name), ""
-    if not named or not base or todo.kind != NAMED[named][0]:
-        base = CONFIGS["shakespeare_char" if isinstance(tokenizer, CharTokenizer) else "shakespeare"]
-        settings = f" --dataset={shlex.quote(todo.name)}"
-        settings += f" --vocab_size={tokenizer.vocab_size}" if todo.kind != "gpt2" else ""
-    print(f"next: torchrun train.py {base}{settings}{other_folder(cfg)}")
+    print_next(cfg, todo.name, tokenizer)
+
+
+def print_next(cfg: PrepareConfig, name: str, tokenizer: Tokenizer) -> None:
+    """Print the commands that train on a data set, and sample from the run."""
+    wanted = {"dataset": name, "vocab_size": tokenizer.vocab_size}
+    usual = CONFIGS["shakespeare_char" if isinstance(tokenizer, CharTokenizer) else "shakespeare"]
+    base = CONFIGS.get(name, usual)
+    if any(getattr(configurator.load_file(base), setting) != value for setting, value in wanted.items()):
+        base = usual
+    wanted["data_dir"] = cfg.data_dir
+    file = configurator.load_file(base)
+    changed = [f"--{setting}={value}" for setting, value in wanted.items() if getattr(file, setting) != value]
+    print("next:", shlex.join(["python", "train.py", base, *changed]))
+    print("then:", shlex.join(["python", "sample.py", configurator.load([base, *changed], "").out_dir]))
 
 
 if __name__ == "__main__":

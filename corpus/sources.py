@@ -23,10 +23,15 @@ import numpy as np
 from base import errors
 from base.download import Source
 from base.errors import UserError
-from tokenizer import ENCODED_AT_ONCE, END_OF_TEXT, blocks
+from tokenizer import ENCODED_AT_ONCE, blocks
 
 TEXT_SUFFIXES = {".txt", ".md", ".text"}
 ROW_SUFFIXES = {".jsonl", ".parquet"}
+NO_PROSE = {  # suffix -> how to make rows of such a file
+    ".json": "rename it to .jsonl if each line is an object, or run jq -c '.[]' on it",
+    ".csv": "make a .jsonl or .parquet file of it, e.g. with pandas",
+    ".tsv": "make a .jsonl or .parquet file of it, e.g. with pandas",
+}
 READ_AT_ONCE = 2**20  # bytes
 ROWS_AT_ONCE = 256  # of Parquet and the hub; FineWeb's documents are 4.5 KB on average, so about a MB
 Pieces = list[tuple[str | bytes, bool]]
@@ -47,6 +52,10 @@ ENWIK8 = Source(  # the first 10**8 bytes of a Wikipedia dump; md5 a1fa5ffddb56f
     "infini_transformer_pytorch-0.2.1/data/enwik8.gz",
     sdist="ba31c50080255fbe6e724b399567d8c0a79b2956bf1573558e7075bdf00cc87a",
 )
+
+
+class BadText(UserError):
+    """The text must change before a data set can be made of it: nothing that was made so far is of use."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +113,7 @@ def decoded(path: Path, begin: int = 0, end: int | None = None) -> Iterator[str]
             at = f.tell() - len(decoder.getstate()[0])
             decoder.decode(b"", final=True)
     except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 (byte {at + e.start}): convert it first, e.g. with iconv -t utf-8") from None
+        raise BadText(f"{path} is not UTF-8 (byte {at + e.start}): convert it first, e.g. with iconv -t utf-8") from None
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
 
@@ -180,10 +189,10 @@ def byte_of(path: Path, begin: int, count: int) -> int:
     return begin
 
 
-def mentions_end_of_text(path: Path) -> bool:
-    """Whether the first MB of a text contains <|endoftext|>."""
+def mentions(path: Path, what: str) -> bool:
+    """Whether the first MB of a text contains something."""
     with open(path, "rb") as f:
-        return END_OF_TEXT.encode() in f.read(READ_AT_ONCE)
+        return what.encode() in f.read(READ_AT_ONCE)
 
 
 # ---- files of documents -----------------------------------------------------------------------------------------------
@@ -221,9 +230,9 @@ def column_of(row: Any, column: str, where: str) -> str:
     """The text in a row; UserError if it has none."""
     if not isinstance(row, dict) or column not in row:
         have = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}"
-        raise UserError(f"{where} has no column {column!r}: use --column=… (it has {have or 'none'})")
+        raise BadText(f"{where} has no column {column!r}: use --column=… (it has {have or 'none'})")
     if row[column] is not None and not isinstance(row[column], str):
-        raise UserError(f"{where}: column {column!r} is {type(row[column]).__name__}, not text: use --column=another")
+        raise BadText(f"{where}: column {column!r} is {type(row[column]).__name__}, not text: use --column=another")
     return row[column] or ""
 
 
@@ -250,7 +259,7 @@ class JsonPart:
                 try:
                     row = json.loads(raw)
                 except (ValueError, RecursionError) as e:
-                    raise UserError(f"{self.path}, line {line} is not JSON: {e}") from None
+                    raise BadText(f"{self.path}, line {line} is not JSON: {e}") from None
                 yield document(column_of(row, self.column, f"{self.path}, line {line}")), [at, line]
 
     def share(self, place: list[int]) -> float:
@@ -274,12 +283,12 @@ class ParquetPart:
         try:
             file = pyarrow.parquet.ParquetFile(self.path)
         except (pyarrow.ArrowException, OSError) as e:
-            raise UserError(f"{self.path} is not Parquet: {str(e).splitlines()[0]}") from None
+            raise BadText(f"{self.path} is not Parquet: {str(e).splitlines()[0]}") from None
         names = file.schema_arrow.names
         kind = str(file.schema_arrow.field(self.column).type) if self.column in names else ""
         if kind not in ("string", "large_string", "string_view"):
             what = f"is {kind}, not text" if kind else "does not exist"
-            raise UserError(f"{self.path}: column {self.column!r} {what}: use --column=… (it has {', '.join(names)})")
+            raise BadText(f"{self.path}: column {self.column!r} {what}: use --column=… (it has {', '.join(names)})")
         return file
 
     @functools.cached_property
@@ -435,6 +444,9 @@ def find(patterns: list[str], known: list[str]) -> list[Path]:
                 hint = errors.near_name(pattern, known)
                 raise UserError(f"{pattern} is not a file, folder, matching glob or known data set: {hint}")
         paths += found
+    if odd := next((p for p in paths if p.suffix.lower() in NO_PROSE), None):
+        remedy = NO_PROSE[odd.suffix.lower()]
+        raise UserError(f"{odd} holds rows, not prose: {remedy}; to train on it as it is, rename it to .txt")
     return paths
 
 

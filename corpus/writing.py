@@ -23,10 +23,11 @@ from base.errors import UserError
 from base.files import read_text, write_atomically
 from corpus import encoding, shards
 from corpus.shards import AGAIN, HEADER_BYTES, bytes_per_token, header
-from corpus.sources import Part, Reader
+from corpus.sources import BadText, Part, Reader
 from tokenizer import Tokenizer
 
 PROGRESS = "progress.json"
+SHORTEST = 65  # tokens in a split: a sequence of the smallest configs, and the token that follows it
 SAVE_SECONDS = 10.0  # between two saves of the progress: what a kill costs at most
 LOG_SECONDS = 60.0  # between two lines of it where there is no terminal for a bar
 BATCH = 2**19  # characters or bytes; a worker takes 25 ms for them
@@ -203,6 +204,13 @@ def fill(
     return {"splits": splits, "documents": position["documents"]}
 
 
+def check_length(splits: dict[str, list[dict]]) -> None:
+    """BadText unless the splits, given by their shards, are long enough to train and to validate on."""
+    for split in ("train", "val"):
+        if (tokens := sum(entry["tokens"] for entry in splits.get(split, []))) < SHORTEST:
+            raise BadText(f"there is too little text to train on: the {split} split has {tokens} tokens of at least {SHORTEST}")
+
+
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Claim a data set's folder; UserError if another process makes it."""
@@ -212,6 +220,21 @@ def lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         held.release()
+
+
+@contextlib.contextmanager
+def nothing_half_made(folder: Path) -> Iterator[None]:
+    """Remove the folder after an error, unless it holds work that the same command can resume."""
+    try:
+        yield
+    except Exception as e:
+        if isinstance(e, BadText | encoding.CannotEncode) or not any(folder.glob("*.bin*")):
+            clean(folder, finished=False)
+            for name in ("tokenizer.json", ".lock"):
+                (folder / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it holds files of somebody else
+                folder.rmdir()
+        raise
 
 
 def read_progress(folder: Path, request: dict) -> dict:

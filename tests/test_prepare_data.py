@@ -34,6 +34,13 @@ def a_text(monkeypatch):
     monkeypatch.setattr(download, "fetch", lambda *_: content)
 
 
+@pytest.fixture(autouse=True)
+def tiny_texts():
+    """Most texts here are too short to train on."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch.setattr(writing, "SHORTEST", 1)
+
+
 def prepared_text(folder, split: str) -> str:
     opened = shards.open_dataset(folder)
     stream = opened.split(split)
@@ -51,6 +58,7 @@ def own(tmp_path):
     return prepare
 
 
+SHORTEST = writing.SHORTEST
 TEXT = "".join(chr(0x41 + i % 26) + "é\r\n☃😀"[i % 5] for i in range(200))
 
 
@@ -117,11 +125,11 @@ def test_nothing_is_written_of_a_text_that_cannot_be_used(own, tmp_path, content
 
 def test_utf8_is_read_whatever_the_locale_says(run_script, tmp_path):
     """A C locale without Python's own coercion to UTF-8, and a name that is not ASCII."""
-    (tmp_path / "schön.txt").write_bytes(TEXT.encode())
+    (tmp_path / "schön.txt").write_bytes(TEXT.encode() * 2)
     env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = run_script("prepare_data.py", tmp_path / "schön.txt", "--tokenizer=char", f"--data_dir={tmp_path}", env=env)
     assert done.returncode == 0, done.stderr
-    assert prepared_text(tmp_path / "schön", "train") == TEXT[:360]
+    assert prepared_text(tmp_path / "schön", "train") == (TEXT * 2)[:720]
 
 
 def test_what_is_there_is_not_replaced_without_force(own, tmp_path):
@@ -199,12 +207,14 @@ def test_the_next_command_that_is_printed_runs(tmp_path, text, tiny_flags, capsy
     monkeypatch.chdir(root)
     (tmp_path / "my own text.txt").write_text(text)
     prepare_data.main([f"{tmp_path}/my own text.txt", "--tokenizer=char", f"--data_dir={tmp_path}/data"])
-    line = capsys.readouterr().out.splitlines()[-1]
-    assert line.startswith("next: ")
-    launcher, script, config, *flags = shlex.split(line.removeprefix("next: "))
-    assert (launcher, script) == ("torchrun", "train.py")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:6] for line in lines[-2:]] == ["next: ", "then: "]
+    python, script, config, *flags = shlex.split(lines[-2][6:])
+    assert (python, script) == ("python", "train.py")
     small = [f for f in tiny_flags if not f.startswith(("--dataset", "--data_dir", "--vocab_size"))]
-    train.train(configurator.load([config, *small, *flags, f"--out_dir={tmp_path}/run"], ""))
+    cfg = configurator.load([config, *small, *flags], "")
+    assert shlex.split(lines[-1][6:]) == ["python", "sample.py", cfg.out_dir]
+    train.train(replace(cfg, out_dir=f"{tmp_path}/run"))
     assert (tmp_path / "run" / "step_00000006").is_dir()
 
 
@@ -499,14 +509,15 @@ def test_a_data_set_with_splits_of_its_own_keeps_them(tmp_path, monkeypatch, gpt
 @pytest.mark.parametrize(
     ("argv", "kind", "next_command"),
     [
-        (["shakespeare_char"], "char-", "config/shakespeare_char_cpu.py --data_dir="),
-        (["shakespeare", "--tokenizer=bpe"], "bpe-", "config/shakespeare.py --dataset=shakespeare --vocab_size="),
+        (["shakespeare_char"], "char-", "config/shakespeare_char_cpu.py --vocab_size=31 --data_dir="),
+        (["shakespeare", "--tokenizer=bpe"], "bpe-", "--dataset=named --vocab_size="),
         (["shakespeare_char", "--name=other"], "char-", "config/shakespeare_char_cpu.py --dataset=other --vocab_size="),
     ],
 )
 def test_a_named_text_has_its_tokenizer_unless_another_is_given(tmp_path, a_text, capsys, argv, kind, next_command):
-    prepare_data.main([*argv, f"--data_dir={tmp_path}"])
-    assert next_command in capsys.readouterr().out.splitlines()[-1]
+    name = ["--name=named"] if "--tokenizer=bpe" in argv else []  # whatever config/shakespeare.py trains on
+    prepare_data.main([*argv, *name, f"--data_dir={tmp_path}"])
+    assert next_command in capsys.readouterr().out.splitlines()[-2]
     (folder,) = (p for p in tmp_path.iterdir() if p.name != ".sources")
     assert shards.open_dataset(folder).tokenizer.name.startswith(kind)
 
@@ -567,9 +578,90 @@ def test_a_setting_that_would_do_nothing_is_refused(tmp_path, own, flags, messag
 def test_one_document_is_too_few(tmp_path, own):
     """Nothing stays that would have to be cleaned away."""
     (tmp_path / "rows.jsonl").write_text(json.dumps({"text": TEXT}))
-    with pytest.raises(UserError, match="too few documents: the train split is empty"):
+    with pytest.raises(UserError, match="too little text to train on: the train split has 0 tokens"):
         own(tmp_path / "rows.jsonl")
-    assert {p.name for p in (tmp_path / "data" / "rows").iterdir()} <= {".lock", "tokenizer.json"}
+    assert not (tmp_path / "data" / "rows").exists()
+
+
+@pytest.mark.parametrize(("length", "enough"), [(640, False), (641, True)])
+def test_a_text_is_refused_unless_a_sequence_can_be_trained_on(tmp_path, own, monkeypatch, length, enough):
+    """The smallest configs read 64 tokens and the one that follows."""
+    monkeypatch.setattr(writing, "SHORTEST", SHORTEST)
+    assert min(configurator.load_file(f).T for f in prepare_data.CONFIGS.values()) + 1 == SHORTEST
+    (tmp_path / "mine.txt").write_text(("ab" * length)[:length])
+    if enough:
+        return own(tmp_path / "mine.txt")
+    with pytest.raises(UserError, match=f"too little text .* the val split has 64 tokens of at least {SHORTEST}"):
+        own(tmp_path / "mine.txt")
+    assert not (tmp_path / "data" / "mine").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b'{"text": "a"}\n' * 99 + b"{", "line 100 is not JSON"), (b'{"text": "a"}\n{"t": 1}', "has no column 'text'")],
+)
+def test_an_error_in_the_text_leaves_nothing_behind(tmp_path, content, message, small_batches):
+    """... so that the same command runs once the text is right. It was `is incomplete, from another request`."""
+    (tmp_path / "vocabulary").mkdir()
+    (tmp_path / "vocabulary" / "tokenizer.json").write_text(json.dumps({"type": "char", "characters": ["a"]}))
+    argv = [f"{tmp_path}/rows.jsonl", f"--tokenizer={tmp_path}/vocabulary", f"--data_dir={tmp_path}/data"]
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        prepare_data.main(argv)
+    assert not (tmp_path / "data" / "rows").exists()
+    (tmp_path / "rows.jsonl").write_bytes(b'{"text": "a"}\n' * 200)
+    prepare_data.main(argv)
+    assert prepared_text(tmp_path / "data" / "rows", "val") == "aa"
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.CSV", "rows.tsv"])
+def test_rows_are_not_read_as_prose(tmp_path, own, name):
+    (tmp_path / name).write_text("a,b\n" * 1000)
+    for pattern in (tmp_path / name, f"{tmp_path}/ro*"):
+        with pytest.raises(UserError, match=rf"{name} holds rows, not prose: .*\.jsonl"):
+            own(pattern)
+    assert not (tmp_path / "data").exists()
+
+
+def test_windows_line_ends_are_kept_and_said_once(tmp_path, own, capsys):
+    for name, ends in {"a": "\n", "b": "\r\n", "c": "\r\n"}.items():
+        (tmp_path / f"{name}.txt").write_bytes(f"one{ends}two{ends}".encode())
+    folder = own(tmp_path / "b.txt", tmp_path / "c.txt") / "b"
+    assert prepared_text(folder, "train") + prepared_text(folder, "val") == "one\r\ntwo\r\n" * 2
+    assert capsys.readouterr().out.count("CRLF") == 1
+    own(tmp_path / "a.txt")
+    assert "CRLF" not in capsys.readouterr().out
+
+
+def test_a_name_that_nobody_chose_is_announced(tmp_path, own, capsys):
+    for name in ("first.txt", "second.txt"):
+        (tmp_path / name).write_text("ab" * 20)
+    assert (own(tmp_path / "first.txt", tmp_path / "second.txt") / "first" / shards.MANIFEST).is_file()
+    assert "is named first: use --name=" in capsys.readouterr().out
+    assert (own(f"{tmp_path}/*.txt") / "mine" / shards.MANIFEST).is_file()
+    assert "is named mine: use --name=" in capsys.readouterr().out
+    own(tmp_path / "second.txt")
+    own(tmp_path / "first.txt", tmp_path / "second.txt", "--name=both")
+    assert "is named" not in capsys.readouterr().out
+
+
+def test_a_bpe_that_ends_early_says_so(tmp_path, capsys):
+    """ "ab " times n has one word: a, b, ab, and with the space before it."""
+    (tmp_path / "mine.txt").write_text("ab " * 100)
+    prepare_data.main([f"{tmp_path}/mine.txt", "--tokenizer=bpe", "--vocab_size=300", f"--data_dir={tmp_path}"])
+    ids = shards.open_dataset(tmp_path / "mine").tokenizer.vocab_size
+    assert ids == 256 + 2 + 1  # ab, " ab", <|endoftext|>
+    assert f"the BPE ends at {ids} of 300 ids" in capsys.readouterr().out
+    (tmp_path / "other.txt").write_text("ab " * 100)
+    prepare_data.main([f"{tmp_path}/other.txt", "--tokenizer=bpe", "--vocab_size=258", f"--data_dir={tmp_path}"])
+    assert "the BPE ends" not in capsys.readouterr().out
+
+
+def test_what_exists_already_names_the_next_command_again(tmp_path, a_text, capsys):
+    prepare_data.main(["shakespeare_char", f"--data_dir={tmp_path}"])
+    first = capsys.readouterr().out.splitlines()
+    prepare_data.main(["shakespeare_char", f"--data_dir={tmp_path}"])
+    assert capsys.readouterr().out.splitlines()[-2:] == first[-2:]
 
 
 def test_hellaswag_goes_into_the_data_folder(tmp_path, monkeypatch, capsys):
