@@ -336,16 +336,22 @@ def best_seconds(device: torch.device, work: Callable[[], object], repeats: int)
 
 
 def hardware_name(device: torch.device) -> str:
-    """What people call this hardware: "NVIDIA H200", or the CPU's model and how many cores this process may use."""
+    """What this hardware is called: "NVIDIA H200", or "AMD EPYC (family 26, model 2, AVX512-BF16), 2 cores": the CPU's name and
+    how many cores this process may use. Virtual machines of two CPU generations that differ by 2x in bf16 carry one model name:
+    family, model and the bf16 instructions tell them apart.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    try:
+    name, parts = platform.processor() or platform.machine(), []
+    with contextlib.suppress(OSError):  # not Linux
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        name = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)[1]
-    except (OSError, TypeError):
-        pass  # not Linux, or a CPU that has no model name
-    return f"{name.strip()}, {system.cores()} cores" + (" (mps)" if device.type == "mps" else "")
+        found = dict(re.findall(r"^(model name|cpu family|model|flags)\s*: *(.*)$", text, re.MULTILINE))
+        name = found.get("model name", name)  # ARM has none of them
+        parts = [f"{what} {found[key]}" for what, key in (("family", "cpu family"), ("model", "model")) if key in found]
+        flags = found.get("flags", "").split()
+        parts += [what for what, flag in (("AVX512-BF16", "avx512_bf16"), ("AMX", "amx_bf16")) if flag in flags]
+    which = f" ({', '.join(parts)})" if parts else ""
+    return f"{name.strip()}{which}, {system.cores()} cores" + (" (mps)" if device.type == "mps" else "")
 
 
 def describe(device: torch.device) -> dict:

@@ -173,7 +173,7 @@ def record(argv: list[str]) -> None:
             resolved = next(r["config"] for r in log if r.get("event") == "start")
     checked = range(window, cfg.max_steps + 1, window)
     curve = {
-        "source": f"our own runs on {machine.hardware_name(machine.pick_device(cfg.device)).partition(',')[0]}",
+        "source": f"our own runs on {machine.hardware_name(machine.pick_device(cfg.device)).rsplit(', ', 1)[0]}",
         "seeds": list(seeds),
         "window": window,
         "data_sha256": sha256,

@@ -16,8 +16,8 @@ from engine import machine
 
 
 def results_dir(out: str, device: torch.device) -> Path:
-    """out/<hardware>, e.g. results/nvidia-h200 or results/amd-epyc-2-cores. UserError if it cannot be created: that should be
-    known before anything is measured."""
+    """out/<hardware>, e.g. results/nvidia-h200. UserError if it cannot be created: that should be known before anything is
+    measured."""
     folder = Path(out) / re.sub(r"[^a-z0-9]+", "-", machine.hardware_name(device).lower()).strip("-")
     try:
         folder.mkdir(parents=True, exist_ok=True)

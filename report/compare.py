@@ -5,7 +5,7 @@ import statistics
 
 from report.render import Table, text_table
 from report.results import machine_line, measured
-from report.stats import difference
+from report.stats import Estimate, difference
 
 
 def speeds(result: dict) -> dict[str, tuple[float, list[list[float]]]]:
@@ -19,17 +19,16 @@ def speeds(result: dict) -> dict[str, tuple[float, list[list[float]]]]:
     return {}
 
 
-def times_as_fast(a: list[list[float]], b: list[list[float]]) -> tuple[float, float, float]:
-    """(how many times as fast b is, low, high) from step times by round: Welch's 95% interval of the logarithms of the medians
-    of the rounds. Where a side has one round only, of its single steps, which know nothing of the drift between rounds.
+def times_as_fast(a: list[list[float]], b: list[list[float]]) -> Estimate:
+    """How many times as fast b is, from step times by round: Welch's 95% interval of the logarithms of the medians of the
+    rounds. Where a side has one round only, of its single steps, which know nothing of the drift between rounds.
     """
     if min(len(a), len(b)) > 1:
         a, b = ([statistics.median(times) for times in rounds] for rounds in (a, b))
     else:
         a, b = ([t for times in rounds for t in times] for rounds in (a, b))
     found = difference([-math.log(t) for t in a], [-math.log(t) for t in b])
-    middle, low, high = (math.exp(v) if v < 700 else math.inf for v in found)  # e^700 is near the largest float
-    return middle, low, high
+    return found.map(lambda v: math.exp(v) if v < 700 else math.inf)  # e^700 is near the largest float
 
 
 def unlike(a: dict, b: dict) -> list[str]:
@@ -39,8 +38,10 @@ def unlike(a: dict, b: dict) -> list[str]:
     return [f"{key} {x} / {y}" for key, x, y in pairs if x != y]
 
 
-def verdict(speed: tuple[float, float, float], max_regression: float | None) -> tuple[str, bool, bool]:
+def verdict(speed: Estimate, max_regression: float | None) -> tuple[str, bool, bool]:
     """(what to call a ratio with its interval, whether it is a regression, whether it is too noisy to tell)."""
+    if not speed.known:
+        return "no interval", False, max_regression is not None
     middle, low, high = speed
     word = "FASTER" if low > 1 else "SLOWER" if high < 1 else "within the spread"
     if max_regression is None:
@@ -73,7 +74,7 @@ def compare(a: dict, b: dict, max_regression: float | None = None) -> tuple[str,
         word, is_slow, is_blurred = verdict(speed, max_regression)
         slow += [name] * is_slow
         blurred += [name] * is_blurred
-        rows.append([name, *(f"{m:,.0f}" for m in medians), "{:.3f} [{:.3f}, {:.3f}]".format(*speed), word])
+        rows.append([name, *(f"{m:,.0f}" for m in medians), speed.text("{:.3f}".format), word])
     head = ["", "A tok/s", "B tok/s", "B / A [95%]", ""]
     lines += ["", text_table(Table(head, rows, left=(0, 4))), ""]
     several = all(len(rounds) > 1 for found in (in_a, in_b) for _, rounds in found.values())

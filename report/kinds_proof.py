@@ -4,6 +4,7 @@ import statistics
 
 from report.render import Block, Table
 from report.results import machine_line
+from report.stats import extent, too_few
 
 
 def verify_table(result: dict, words: list[str] | None = None) -> list[Block]:
@@ -52,7 +53,7 @@ def safety_table(result: dict) -> list[Block]:
     return [
         Table(head, rows),
         f"Medians of {len(free)} runs. Only kernels that always give the same bits (`deterministic=True`): "
-        f"{statistics.median(costs):+.1%} step time [{min(costs):+.1%}, {max(costs):+.1%}]. {machine_line(result)}.",
+        f"{extent(costs).text('{:+.1%}'.format, ' step time')}. {machine_line(result)}.{too_few(len(costs), 'run')}",
     ]
 
 

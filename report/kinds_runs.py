@@ -6,6 +6,7 @@ import statistics
 
 from report.render import Block, Quote, Table
 from report.results import CHINCHILLA, machine_line, ms_iqr
+from report.stats import Estimate, too_few
 
 
 def stages_table(result: dict) -> list[Block]:
@@ -97,11 +98,12 @@ def evaluate_table(result: dict) -> list[Block]:
 
 
 def with_interval(value: float | None, ends: list | None, form: str) -> str:
-    """ "0.53 [0.45, 0.60]"; an end that is not known is "…"."""
+    """ "0.53 [0.45, 0.60]"; an end that is not finite is "…". Without an interval, "0.53"."""
     if value is None:
         return "–"
-    low, high = ("…" if end is None else format(end, form) for end in ends or (None, None))
-    return format(value, form) + (f" [{low}, {high}]" if ends else "")
+    low, high = ends or (None, None)
+    found = Estimate(value, -math.inf if low is None else low, math.inf if high is None else high)
+    return found.text(lambda v: format(v, form) if math.isfinite(v) else "…") if ends else format(value, form)
 
 
 def budgets_table(result: dict) -> Table:
@@ -145,10 +147,11 @@ def law_table(fit: dict) -> Table:
 def held_out_line(result: dict) -> str:
     """What became of the prediction for a larger run."""
     held, guess = result["held_out"], result["held_out"]["predicted"]
+    predicted = Estimate(guess["loss"], guess["low"], guess["high"])
     times = held["budget"] / result["fit"]["levels"][-1]["budget"]
     line = (
         f"Held out: N = {held['N']:,}, D = {held['D']:,}, {times:.3g} times the largest budget. "
-        f"Predicted {guess['loss']:.4f} [{guess['low']:.4f}, {guess['high']:.4f}]"
+        f"Predicted {predicted.text('{:.4f}'.format)}"
     )
     if not held["runs"]:
         return f"{line}; not trained yet."
@@ -156,11 +159,10 @@ def held_out_line(result: dict) -> str:
     found, first = statistics.fmean(losses), min(r["started"] for r in held["runs"])
     when = ", before it was trained" if held["predicted_at"] < first else " (its runs existed already)"
     spread = f", standard deviation {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
-    where = "inside" if guess["low"] <= found <= guess["high"] else "OUTSIDE"
-    return (
-        f"{line}{when}; measured {found:.4f} (mean of {len(losses)} seed(s){spread}), {found - guess['loss']:+.4f}: "
-        f"{where} the 95% interval."
-    )
+    line = f"{line}{when}; measured {found:.4f} (mean of {len(losses)} seed(s){spread}), {found - guess['loss']:+.4f}"
+    if not predicted.known:
+        return f"{line}."
+    return f"{line}: {'inside' if predicted.low <= found <= predicted.high else 'OUTSIDE'} the 95% interval."
 
 
 def scale_table(result: dict) -> list[Block]:
@@ -169,6 +171,7 @@ def scale_table(result: dict) -> list[Block]:
     cost = [r["flops"] / r["C"] for r in every]
     noise = "unknown (one seed)" if fit["noise"] is None else f"{fit['noise']:.2%}"
     epochs = max(r["D"] for r in every) / result["train_tokens"]
+    points = len({(r["N"], r["D"]) for r in result["runs"]})
     notes = (
         f"{len(every)} runs on {study['dataset']}, T={study['sequence_length']}, {study['tokens_per_step']} tokens per step, "
         f"at most {epochs:.2f} epochs. N counts all parameters; counted with attention and without lookups (PaLM), a run costs "
@@ -176,5 +179,6 @@ def scale_table(result: dict) -> list[Block]:
         f"{fit['misfit']:.2%}. Intervals of the law: {study['bootstraps']} bootstraps over the (N, D); of the parabolas: the "
         f"noise alone. Chinchilla's tokens are BPE, of about four characters. "
         f"{sum(r['seconds'] for r in every) / 60:.0f} minutes of training, {result['jobs']} at a time. {machine_line(result)}."
+        f"{too_few(points, 'model', len(fit['law']))}"
     )
     return [budgets_table(result), law_table(fit), held_out_line(result), notes]

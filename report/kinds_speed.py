@@ -2,16 +2,24 @@
 
 import math
 import statistics
+from collections.abc import Callable
 
 from report import results
 from report.render import Block, Table
 from report.results import all_steps, machine_line, measured, ms_iqr, per_round, ratio, tokens_per_s
-from report.stats import interval
+from report.stats import Estimate, enough, extent, interval, too_few
 
 # How far a rung may lie from the losses of the first row, in nats, over the compared steps from the same weights and data. By
 # rounding alone: in float32 only sums run in another order; 16-bit matmuls are off by 2^-9 of each number, most of which the
 # mean over a step's tokens averages out (measured 1.6e-3). Other training shows: another seed is 0.1 away.
 LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-3, "float16": 5e-3}
+
+# Settings that change what is learned, not only how fast. Where two configs differ in one, their losses do not compare.
+LEARNING = {"learning_rate", "min_lr", "warmup_steps", "schedule", "max_steps", "weight_decay", "beta1", "beta2", "grad_clip"}
+LEARNING |= {"tokens_per_step", "sequence_length", "batch_order", "seed", "dataset", "dropout", "init_from", "init"}
+LEARNING |= {"n_layer", "n_head", "n_embd", "bias", "tie_weights", "scale_residual_init"}
+
+TIMES, ONE_DIGIT = "{:.2f}".format, "{:,.1f}".format
 
 
 def worst_loss(entry: dict, base: dict) -> float:
@@ -54,7 +62,7 @@ def steps_row(result: dict, entry: dict, base: dict) -> list[str]:
     """One measured row; the last cell but two is MFU, which is left out where the data-sheet peak is not known."""
     ceilings, is_ladder, first = result["ceilings"], result["kind"] == "ladder", entry is base
     versus, asked, peak = results.before(result, entry), entry["requested"], result["ceilings"]["peak_flops"]
-    gain, least, most = ratio(versus, entry) if is_ladder else ratio(entry, versus)
+    gain = ratio(versus, entry) if is_ladder else ratio(entry, versus)
     flops = tokens_per_s(result, entry) * results.flops_per_token(asked) / results.devices(entry)
     gemm = results.gemm_rate(asked["dtype"], asked["fp32_precision"], ceilings)
     return [
@@ -62,9 +70,9 @@ def steps_row(result: dict, entry: dict, base: dict) -> list[str]:
         results.transition(entry),
         ms_iqr(entry),
         f"{tokens_per_s(result, entry):,.0f}",
-        "–" if first else f"{gain:.2f}× [{least:.2f}, {most:.2f}]",
-        f"{ratio(base, entry)[0]:.2f}×",
-        "–" if first else percent(1 - 1 / gain) if is_ladder else percent(gain - 1, "+"),
+        "–" if first else gain.text(TIMES, "×"),
+        f"{ratio(base, entry).middle:.2f}×",
+        "–" if first else percent(1 - 1 / gain.middle) if is_ladder else percent(gain.middle - 1, "+"),
         f"{entry['memory_gib']:.1f}",
         *([f"{flops / peak:.1%}"] if peak else []),
         f"{flops / gemm:.0%}" if gemm else "n/a",
@@ -92,7 +100,7 @@ def steps_table(result: dict) -> list[Block]:
         f"{LOSS_TOLERANCE['float32']:g} in float32, {LOSS_TOLERANCE['bfloat16']:g} in 16 bits. "
         f"{'MFU: share of the data-sheet bf16 peak. ' if peak else ''}Of GEMM: share of the rate of a large matmul in the same "
         f"precision, measured here: {', '.join(f'{name} {rate / 1e12:.3g}' for name, rate in rates)} TFLOP/s; "
-        f"a copy: {ceilings['copy_bytes_per_s'] / 1e9:.3g} GB/s."
+        f"a copy: {ceilings['copy_bytes_per_s'] / 1e9:.3g} GB/s.{too_few(sizes['rounds'], 'round')}"
     )
     return [Table(head, rows, left=(0, 1)), *skipped_line(result), notes]
 
@@ -101,11 +109,12 @@ def ladder_summary(result: dict) -> list[Block]:
     """The ladder in one line: its fastest rung against its first."""
     rows = measured(result)
     base, best = rows[0], min(rows, key=lambda e: statistics.median(all_steps(e)))
-    gain, least, most = ratio(base, best)
+    gain = ratio(base, best)
     steps = f"{tokens_per_s(result, base):,.0f} → {tokens_per_s(result, best):,.0f} tokens/s"
     return [
-        f"**{gain:.2f}× as fast** [{least:.2f}, {most:.2f}] as plain fp32, {steps}, at the same losses: the largest difference "
+        f"**{gain.text(TIMES, '× as fast**')} as plain fp32, {steps}, at the same losses: the largest difference "
         f"over the first {len(base['losses'])} steps is {worst_loss(best, base):.1e} nats. {machine_line(result)}."
+        f"{too_few(len(best['step_s']), 'round')}"
     ]
 
 
@@ -128,12 +137,13 @@ def rung_table(result: dict, name: str) -> list[Block]:
     if entry is base:
         return [table, f"{machine_line(result)}."]
     saved = statistics.median(all_steps(versus)) - statistics.median(all_steps(entry))
-    gain, least, most = ratio(versus, entry)
+    gain = ratio(versus, entry)
     change = f"{1e3 * abs(saved):,.0f} ms {'less' if saved > 0 else 'more'} per step"
     return [
         table,
-        f"**{gain:.2f}×** as fast [{least:.2f}, {most:.2f}] as {results.label(versus, 'ladder')}: {change}. Largest difference "
-        f"of a loss from rung 0's over {len(base['losses'])} steps: {worst_loss(entry, base):.1e}. {machine_line(result)}.",
+        f"**{gain.text(TIMES, '×** as fast')} as {results.label(versus, 'ladder')}: {change}. Largest difference "
+        f"of a loss from rung 0's over {len(base['losses'])} steps: {worst_loss(entry, base):.1e}. {machine_line(result)}."
+        f"{too_few(len(entry['step_s']), 'round')}",
     ]
 
 
@@ -147,14 +157,14 @@ def ladder_part(result: dict, words: list[str]) -> list[Block]:
 def sampling_table(result: dict) -> list[Block]:
     """Decoding with and without the cache of keys and values."""
     speeds = result["tokens_per_s"]
-    rows = [[how, f"{statistics.median(v):.1f}", f"[{min(v):.1f}, {max(v):.1f}]"] for how, v in speeds.items()]
+    rows = [[how, extent(v).text(ONE_DIGIT)] for how, v in speeds.items()]
     gains = [c / u for c, u in zip(speeds["cached"], speeds["uncached"], strict=True)]
     same = "the same tokens" if result["same_tokens"] else "DIFFERENT TOKENS"
     layers = result["sizes"]["n_layer"]
     return [
-        Table([f"{'124M' if layers == 12 else f'{layers} layers'}, one sequence, float32", "tok/s", "[min, max]"], rows),
-        f"The cache is {statistics.median(gains):.1f}× as fast [{min(gains):.1f}, {max(gains):.1f}], with {same}: "
-        f"{result['new_tokens']} tokens after {result['prompt_tokens']}. {machine_line(result)}.",
+        Table([f"{'124M' if layers == 12 else f'{layers} layers'}, one sequence, float32", "tok/s [min, max]"], rows),
+        f"The cache is {extent(gains).text(ONE_DIGIT, '× as fast')}, with {same}: "
+        f"{result['new_tokens']} tokens after {result['prompt_tokens']}. {machine_line(result)}.{too_few(len(gains), 'round')}",
     ]
 
 
@@ -170,9 +180,9 @@ def decode_table(result: dict) -> list[Block]:
             [
                 way["name"],
                 f"{B}",
-                f"{statistics.median(speeds):,.1f} [{min(speeds):,.1f}, {max(speeds):,.1f}]",
+                extent(speeds).text(ONE_DIGIT),
                 f"{way['bytes_per_token'] / 1e6:,.0f}",
-                f"{statistics.median(shares):.0%} [{min(shares):.0%}, {max(shares):.0%}]",
+                extent(shares).text("{:.0%}".format),
                 *([f"{loss['loss']:.4f}", f"{loss['perplexity']:,.2f}"] if loss else []),
             ]
         )
@@ -184,7 +194,7 @@ def decode_table(result: dict) -> list[Block]:
         Table(head, rows),
         f"{result['model']}; {result['new_tokens']} tokens after {result['prompt_tokens']}, {rounds} interleaved rounds. "
         f"Floor: the weights, read once per token at the rate of a copy measured before and after "
-        f"({statistics.median(rates) / 1e9:.1f} GB/s, read and written). {machine_line(result)}.",
+        f"({statistics.median(rates) / 1e9:.1f} GB/s, read and written). {machine_line(result)}.{too_few(rounds, 'round')}",
     ]
 
 
@@ -193,12 +203,11 @@ def start_table(result: dict) -> list[Block]:
     rows = []
     for scope, seconds in result["seconds"].items():
         shares = [b / a for a, b in zip(seconds["first"], seconds["second"], strict=True)]
-        cells = (f"{statistics.median(v):.1f} [{min(v):.1f}, {max(v):.1f}]" for v in seconds.values())
-        rows.append(
-            [f"compile_scope={scope}", *cells, f"{statistics.median(shares):.2f} [{min(shares):.2f}, {max(shares):.2f}]"]
-        )
+        cells = (extent(v).text(ONE_DIGIT) for v in seconds.values())
+        rows.append([f"compile_scope={scope}", *cells, extent(shares).text(TIMES)])
     head = [f"{result['config']}, seconds to the first step", "first start", "second start", "second / first"]
-    return [Table(head, rows), f"Medians [min, max]; the first start finds an empty compiler cache. {machine_line(result)}."]
+    note = f"Medians [min, max]; the first start finds an empty compiler cache. {machine_line(result)}."
+    return [Table(head, rows), note + too_few(len(shares), "round")]
 
 
 def data_table(result: dict) -> list[Block]:
@@ -209,23 +218,31 @@ def data_table(result: dict) -> list[Block]:
         rates.append(ways)
         shares.append(ways["whole"] / max(rate for name, rate in ways.items() if name != "whole"))
     names = {name: f"tiktoken, {name}" for name in rates[0]} | {"whole": "prepare_data.py, from the file to the manifest"}
-    rows = [[names[name], *(f"{of(r[name] for r in rates):,.0f}" for of in (statistics.median, min, max))] for name in rates[0]]
+    rows = [[names[name], extent([r[name] for r in rates]).text("{:,.0f}".format)] for name in rates[0]]
     peak, quarter = (t["peak_bytes"] + sum(t["worker_peak_bytes"]) for t in (result["rounds"][-1]["whole"], result["quarter"]))
     text = result["text"]
     blocks: list[Block] = [
-        Table([f"{text['bytes']:,} bytes of text, {result['processes']} processes", "tokens/s", "least", "most"], rows),
-        f"prepare_data.py reaches {statistics.median(shares):.0%} [{min(shares):.0%}, {max(shares):.0%}] of the fastest of "
-        f"tiktoken's own ways in each of {len(shares)} rounds. Its processes hold {peak / 2**20:,.0f} MiB together at most, "
-        f"{quarter / 2**20:,.0f} on a quarter of the text.",
+        Table([f"{text['bytes']:,} bytes of text, {result['processes']} processes", "tokens/s [min, max]"], rows),
+        f"prepare_data.py reaches {extent(shares).text('{:.0%}'.format)} of the fastest of tiktoken's own ways in each of "
+        f"{len(shares)} round(s). Its processes hold {peak / 2**20:,.0f} MiB together at most, "
+        f"{quarter / 2**20:,.0f} on a quarter of the text.{too_few(len(shares), 'round')}",
     ]
     rows = []
     for runs in result["learnt"]:
         first, times = runs[0], [r["s"] for r in runs]
         own, gpt2 = first["bytes_per_token"]["own"], first["bytes_per_token"]["gpt2"]
-        rows.append([f"{first['merges']:,} merges from {first['text_bytes']:,} bytes", f"{statistics.median(times):.2f}"])
-        rows[-1] += [f"{min(times):.2f} – {max(times):.2f}", f"{own:.2f}", f"{gpt2:.2f}"]
-    head = ["training a BPE", "seconds", "range", "bytes per token, unseen text", "GPT-2's"]
+        rows.append([f"{first['merges']:,} merges from {first['text_bytes']:,} bytes", extent(times).text(TIMES)])
+        rows[-1] += [f"{own:.2f}", f"{gpt2:.2f}"]
+    head = ["training a BPE", "seconds [min, max]", "bytes per token, unseen text", "GPT-2's"]
     return [*blocks, Table(head, rows), f"tiktoken {result['tiktoken']}. {machine_line(result)}."]
+
+
+def judged(found: Estimate, even: float, show: Callable, unit: str, below: str, above: str) -> str:
+    """A number with its confidence interval and what that means; without an interval the number alone."""
+    if not found.known:
+        return show(found.middle) + unit
+    word = "not distinguishable" if found.low <= even <= found.high else above if found.low > even else below
+    return f"{found.text(show, f'{unit}, 95% CI')}: {word}"
 
 
 def ab_table(result: dict) -> list[Block]:
@@ -237,14 +254,16 @@ def ab_table(result: dict) -> list[Block]:
         last = statistics.fmean(losses[-1] for losses in side["losses"])
         rows.append([side["config"], ms_iqr(side), f"{tokens:,.0f}", f"{last:.4f}"])
     logs = [math.log(x / y) for x, y in zip(per_round(a), per_round(b), strict=True)]
-    speed = [math.exp(v) for v in interval(logs)]
+    speed = interval(logs).map(math.exp)
     loss = interval([y[-1] - x[-1] for x, y in zip(a["losses"], b["losses"], strict=True)])
-    faster = "not distinguishable" if speed[1] <= 1 <= speed[2] else "B is faster" if speed[1] > 1 else "A is faster"
-    lower = "not distinguishable" if loss[1] <= 0 <= loss[2] else f"{'A' if loss[1] > 0 else 'B'}'s is lower"
+    differs = [f"{name} {old} → {new}" for name, (old, new) in result["changes"].items() if name in LEARNING]
+    unlike = f"A and B do not train alike ({', '.join(differs)}): their losses may differ for that reason. " if differs else ""
+    faster = judged(speed, 1.0, TIMES, "× as fast as A", "A is faster", "B is faster")
+    lower = judged(loss, 0.0, "{:+.4f}".format, "", "B's is lower", "A's is lower")
+    pairs = f"{len(logs)} pairs." if enough(len(logs)) else too_few(len(logs), "pair").strip()
     return [
         Table(["config", "ms/step [IQR]", "tok/s", f"loss at step {len(a['losses'][0])}"], rows),
-        f"B is {speed[0]:.2f}× as fast as A, 95% CI [{speed[1]:.2f}, {speed[2]:.2f}], {len(logs)} pairs: {faster}. "
-        f"Loss of B minus A {loss[0]:+.4f}, 95% CI [{loss[1]:+.4f}, {loss[2]:+.4f}]: {lower}. {machine_line(result)}.",
+        f"{unlike}B is {faster}. Loss of B minus A {lower}. {pairs} {machine_line(result)}.",
     ]
 
 

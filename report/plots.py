@@ -12,6 +12,7 @@ from itertools import cycle
 from pathlib import Path
 
 from report import results
+from report.stats import Estimate
 
 # Okabe & Ito's colours for all kinds of colour vision, without the black and the yellow that vanish on one of the grounds.
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"]
@@ -188,9 +189,10 @@ def draw_law(axes, result: dict) -> None:
     axes.plot([], [], color=GREY, linestyle="none", marker="o", markersize=5, label="measured (whiskers: all seeds)")
     axes.plot([], [], color=GREY, marker="D", markersize=9, fillstyle="none", label="the law, and where it is least")
     curve(held["budget"], held["N"] / 2, held["N"] * 2, color=GREY, linewidth=1.2, linestyle="--")
-    reach = [[guess["loss"] - guess["low"]], [guess["high"] - guess["loss"]]]
-    label = "what it predicts, with the 95% interval"
-    axes.errorbar([held["N"]], [guess["loss"]], reach, color=GREY, capsize=6, linewidth=1.5, linestyle="--", label=label)
+    guess = Estimate(guess["loss"], guess["low"], guess["high"])
+    reach = [[guess.middle - guess.low], [guess.high - guess.middle]] if guess.known else None
+    label = "what it predicts" + ", with the 95% interval" * guess.known
+    axes.errorbar([held["N"]], [guess.middle], reach, color=GREY, capsize=6, linewidth=1.5, linestyle="--", label=label)
     if held["runs"]:
         means, reach = mean_and_reach([[r["loss"] for r in held["runs"]]])
         how = dict(color=COLOURS[4], fmt="*", markersize=13, capsize=3, linewidth=1, label="what was then measured")
@@ -205,8 +207,9 @@ def draw_best_ratios(axes, fit: dict) -> None:
     """The best tokens per parameter over the budget, by the law and by each budget's own parabola."""
     budgets = [level["budget"] for level in fit["levels"]]
     known = [(level["budget"], level["law"]) for level in fit["levels"] if level["law"]["ratio"]]
-    axes.plot([c for c, _ in known], [o["ratio"] for _, o in known], label="by the law, with its 95% interval")
-    ends = [(c, *o["ratio_interval"]) for c, o in known if None not in o["ratio_interval"]]
+    ends = [(c, *o["ratio_interval"]) for c, o in known if o["ratio_interval"] and None not in o["ratio_interval"]]
+    label = "by the law" + ", with its 95% interval" * bool(ends)
+    axes.plot([c for c, _ in known], [o["ratio"] for _, o in known], label=label)
     if ends:
         axes.fill_between(*zip(*ends, strict=True), color=COLOURS[0], alpha=0.2, linewidth=0)
     label = "by a parabola through each budget's losses"

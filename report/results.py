@@ -12,7 +12,7 @@ from pathlib import Path
 
 from base.files import read_text
 from configurator import GPTConfig
-from report.stats import quartiles
+from report.stats import Estimate, extent, quartiles
 
 # What reading an untrusted or damaged result can raise: no file, not JSON, no such part, not the shape of its kind
 DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
@@ -39,10 +39,9 @@ def all_steps(entry: dict) -> list[float]:
     return [t for times in entry["step_s"] for t in times]
 
 
-def ratio(slow: dict, fast: dict) -> tuple[float, float, float]:
-    """(median, least, most) of slow / fast over the rounds, in which the two ran side by side."""
-    ratios = [a / b for a, b in zip(per_round(slow), per_round(fast), strict=False)]
-    return statistics.median(ratios), min(ratios), max(ratios)
+def ratio(slow: dict, fast: dict) -> Estimate:
+    """Median, least and most of slow / fast over the rounds, in which the two ran side by side."""
+    return extent([a / b for a, b in zip(per_round(slow), per_round(fast), strict=False)])
 
 
 def tokens_per_s(result: dict, entry: dict) -> float:
@@ -62,8 +61,7 @@ def ms(seconds: float) -> str:
 
 def ms_iqr(entry: dict) -> str:
     """ "397 [390, 406]": median and quartiles of all steps."""
-    low, middle, high = quartiles(all_steps(entry))
-    return f"{ms(middle)} [{ms(low)}, {ms(high)}]"
+    return quartiles(all_steps(entry)).text(ms)
 
 
 # ---- operations -------------------------------------------------------------------------------------------------------

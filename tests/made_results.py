@@ -64,8 +64,9 @@ def sampling() -> dict:
 
 
 def ab() -> dict:
+    asked = dict(tokens_per_step=128)
     sides = [
-        dict(config=f"{name}.py", requested=dict(tokens_per_step=128), step_s=[[t, t], [t * 1.01, t]], losses=[[4.0], [4.1]])
+        dict(config=f"{name}.py", requested=asked, step_s=[[t, t], [t * 1.01, t]], losses=[[4.0], [4.0 + t]])
         for name, t in (("a", 0.2), ("b", 0.1))
     ]
     return head("ab") | dict(sides=sides, changes={})

@@ -7,6 +7,7 @@ import numpy as np
 
 from base.errors import UserError
 from report.results import law_loss
+from report.stats import enough
 
 PARAMETERS = ("E", "A", "alpha", "B", "beta")
 
@@ -75,8 +76,10 @@ def finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def interval(values: list[float] | np.ndarray) -> list[float | None]:
-    """[low, high]: the middle 95%; None for an end that is not finite."""
+def interval(values: list[float] | np.ndarray) -> list[float | None] | None:
+    """[low, high]: the middle 95%; None for an end that is not finite. None instead of both without values."""
+    if not len(values):
+        return None
     ordered = np.sort(np.nan_to_num(np.asarray(values, dtype=float), nan=np.inf))
     last = len(ordered) - 1
     return [finite(ordered[math.floor(0.025 * last)]), finite(ordered[math.ceil(0.975 * last)])]
@@ -100,6 +103,8 @@ class Analysis:
         theta = self.surface.solve(np.arange(len(runs)), self.surface.starts())
         self.law = self.surface.law(theta)
         self.misfit = np.array([self.surface.residuals(theta, np.array(rows)).mean() for rows in self.points.values()])
+        if not enough(len(self.points), len(PARAMETERS)):
+            bootstraps = 0  # every resample would be nearly the same runs again
         self.laws = [self.surface.law(self.surface.solve(self.resample(), [theta])) for _ in range(bootstraps)]
 
     def noise_of_seeds(self) -> float | None:
@@ -122,6 +127,8 @@ class Analysis:
         """The mean loss of a point that was not fitted, with a 95% interval: what the law of each resample says, times by how
         much the law misses a point. It misses those it was fitted to by less than others: hence the root.
         """
+        if not self.laws:
+            return {"loss": law_loss(self.law, N, D), "low": None, "high": None}
         root = math.sqrt(len(self.misfit) / (len(self.misfit) - len(PARAMETERS)))
         missed = np.exp(-root * self.random.choice(self.misfit, len(self.laws)))
         low, high = interval([law_loss(law, N, D) * m for law, m in zip(self.laws, missed, strict=True)])
@@ -145,7 +152,7 @@ class Analysis:
         if not math.isnan(least[0]):
             N = math.exp(least[0])
             result |= {"N": N, "ratio": budget / 6 / N**2, "loss": float(c[0] - b[0] ** 2 / (4 * a[0]))}
-            if self.noise and np.isnan(least).mean() < 0.05:
+            if self.noise and self.laws and np.isnan(least).mean() < 0.05:
                 sizes = np.exp(least[~np.isnan(least)])
                 result |= {"N_interval": interval(sizes), "ratio_interval": interval(budget / 6 / sizes**2)}
         return result, least

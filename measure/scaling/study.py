@@ -50,6 +50,7 @@ from measure.scaling.family import (
 )
 from measure.scaling.fit import Analysis, best_size
 from measure.scaling.training import now, time_step, train_and_keep, workers
+from report.stats import Estimate
 
 # code that a kept run must have been made with
 DECIDES = ("model.py", "optim.py", "data.py", "train.py", "engine/run.py")
@@ -178,8 +179,8 @@ def run_study(runner: StudyRunner, head: dict, tokens: int, write: Callable[[dic
         "fit": analysis.summary(),
     }
     write(result | {"held_out": held | {"runs": []}})
-    loss, low, high = (held["predicted"][k] for k in ("loss", "low", "high"))
-    print(f"held out: N = {larger.N:,}, D = {larger.D:,}: the law predicts {loss:.4f} [{low:.4f}, {high:.4f}]")
+    guess = Estimate(held["predicted"]["loss"], held["predicted"]["low"], held["predicted"]["high"])
+    print(f"held out: N = {larger.N:,}, D = {larger.D:,}: the law predicts {guess.text('{:.4f}'.format)}")
     result |= {"held_out": held | {"runs": runner.train_all([larger], plan.seeds, "held out")}}
     write(result)
     return result

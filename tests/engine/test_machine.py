@@ -293,6 +293,35 @@ def test_hardware_has_the_name_that_people_use(monkeypatch):
         assert machine.hardware_name(CPU) == f"arm64, {cores} cores"
 
 
+CPUINFO = """processor	: 0
+vendor_id	: AuthenticAMD
+cpu family	: {family}
+model		: {model}
+model name	: AMD EPYC
+flags		: fpu avx512f {flags}
+
+processor	: 1
+cpu family	: {family}
+model		: {model}
+model name	: AMD EPYC
+flags		: fpu avx512f {flags}
+"""
+
+
+@pytest.mark.parametrize(
+    ("family", "model", "flags", "name"),
+    [
+        (25, 17, "avx512_bf16", "AMD EPYC (family 25, model 17, AVX512-BF16)"),
+        (26, 2, "avx512_bf16", "AMD EPYC (family 26, model 2, AVX512-BF16)"),
+        (23, 49, "", "AMD EPYC (family 23, model 49)"),
+        (6, 143, "avx512_bf16 amx_bf16 amx_tile", "AMD EPYC (family 6, model 143, AVX512-BF16, AMX)"),
+    ],
+)
+def test_cpus_of_one_name_are_told_apart(monkeypatch, family, model, flags, name):
+    monkeypatch.setattr(Path, "read_text", lambda *a, **k: CPUINFO.format(family=family, model=model, flags=flags))
+    assert machine.hardware_name(CPU) == f"{name}, {len(os.sched_getaffinity(0))} cores"
+
+
 def test_a_machine_is_described_in_json_values(monkeypatch):
     where = machine.describe(CPU)
     assert set(where) == {"hardware", "device", "threads", "python", "torch", "cuda", "system", "commit", "dirty"}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from studies import LAW, family, invented
+from studies import BUDGETS, LAW, family, invented
 
 from base.errors import UserError
 from measure.scaling.family import ScalingConfig
@@ -87,6 +87,18 @@ def test_the_same_runs_give_the_same_numbers():
 def test_too_few_points_are_one_line():
     with pytest.raises(UserError, match="5 points are too few"):
         Analysis(invented()[:15], 10)
+
+
+def test_few_points_fit_a_law_without_intervals():
+    """Six of them, a --quick study, have one way only to be drawn again: it printed [x, x] and a verdict by it."""
+    runs = invented(seeds=1, noise=0.0, misfit=0.0)
+    analysis = Analysis([r for c in BUDGETS[:2] for r in [r for r in runs if r["budget"] == c][:3]], 40)
+    summary = analysis.summary()
+    assert set(summary["intervals"].values()) == {None}
+    assert summary["levels"][0]["law"]["ratio_interval"] is summary["exponent"]["law_interval"] is None
+    prediction = analysis.predict(28_000, 950_000)
+    assert prediction["low"] is prediction["high"] is None
+    assert prediction["loss"] > 0
 
 
 @given(alpha=st.floats(0.1, 1.0), beta=st.floats(0.1, 1.0), C=st.floats(1e9, 1e14))

@@ -1,7 +1,8 @@
 """report: the numbers in the tables come out of the JSON, and the statistics are those of numpy and scipy."""
 
+import copy
 import json
-import math
+import re
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import pytest
 import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
-from made_results import ALL, MACHINE, ladder, rung, shakespeare, verify, why
+from made_results import ALL, MACHINE, ab, ladder, rung, scale, shakespeare, verify, why
 
 from base.files import ROOT
 from configurator import GPTConfig
@@ -19,9 +20,9 @@ from report import kinds, results, stats
 SOME = st.lists(st.floats(-100, 100).map(lambda v: round(v, 3)), min_size=2, max_size=12)
 
 
-@pytest.mark.parametrize("values", [[3.0], [1.0, 2.0], [5.0, 1.0, 4.0, 2.0], [2.0] * 5, list(map(float, range(11)))])
+@pytest.mark.parametrize("values", [[1.0, 2.0], [5.0, 1.0, 4.0, 2.0], [2.0] * 5, list(map(float, range(11)))])
 def test_quartiles_are_numpys(values):
-    assert stats.quartiles(values) == pytest.approx(np.percentile(values, [25, 50, 75]))
+    assert tuple(stats.quartiles(values)) == pytest.approx(np.percentile(values, [50, 25, 75]))
 
 
 def test_ratio_is_taken_round_by_round():
@@ -39,11 +40,68 @@ def test_interval_is_the_values_that_a_t_test_does_not_reject(values):
             assert scipy.stats.ttest_1samp(values, end).pvalue == pytest.approx(0.05, rel=1e-4)
 
 
-def test_interval_of_one_value_and_of_equal_values():
-    assert stats.interval([1.0]) == (1.0, -math.inf, math.inf)
-    assert stats.interval([1.0, 1.0]) == (1.0, 1.0, 1.0)
-    assert stats.difference([1.0], [2.0, 3.0]) == (1.5, -math.inf, math.inf)
-    assert stats.difference([1.0, 1.0], [3.0, 3.0]) == (2.0, 2.0, 2.0)
+STATISTICS = {
+    "quartiles": stats.quartiles,
+    "extent": stats.extent,
+    "interval": stats.interval,
+    "difference": lambda values: stats.difference([0.0, 0.5], values),
+}
+
+
+@pytest.mark.parametrize("statistic", STATISTICS.values(), ids=STATISTICS.keys())
+def test_one_point_has_no_interval_and_two_have_one(statistic):
+    one, two = statistic([3.0]), statistic([3.0, 5.0])
+    assert not one.known
+    assert "[" not in one.text("{:.1f}".format)
+    assert two.known
+    assert two.low < two.middle < two.high
+    assert f"[{two.low:.1f}, {two.high:.1f}]" in two.text("{:.1f}".format)
+
+
+def test_points_that_do_not_vary_have_no_interval():
+    for found in (stats.interval([1.0, 1.0]), stats.extent([1.0, 1.0]), stats.difference([1.0, 1.0], [3.0, 3.0])):
+        assert not found.known
+    assert stats.interval([1.0, 1.0]).text("{:g}".format) == "1"
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+@pytest.mark.parametrize("kind", ["ladder", "ablate", "sampling", "ab"])
+def test_one_round_is_too_few_for_an_interval_and_says_so(kind, rounds):
+    """It used to print [57.1, 57.1], and infinite ends for two configs."""
+    result = copy.deepcopy(next(r for r in ALL if r["kind"] == kind))
+    result["sizes"]["rounds"] = rounds
+    for entry in [*result.get("rungs", []), *result.get("sides", [])]:
+        for name in {"step_s", "losses"} & entry.keys() if kind == "ab" else {"step_s"} & entry.keys():
+            entry[name] = entry[name][:rounds]
+    for speeds in result.get("tokens_per_s", {}).values():
+        speeds[rounds:] = []
+    text = kinds.as_text(result)
+    if rounds == 1:
+        assert re.findall(r"\[([^],]*), \1\]", text) == []
+    assert "inf" not in text
+    assert ("No intervals: 1 " in text) == (rounds == 1)
+    if rounds == 1 and kind == "ab":
+        assert "is faster" not in text
+        assert "is lower" not in text
+
+
+def test_a_law_at_its_bound_has_no_interval_and_a_prediction_without_one_no_verdict():
+    """It used to print E 0.00355 [0.000912, 0.000912], and "inside the 95% interval" of six models."""
+    result = scale()
+    result["fit"]["intervals"]["E"] = [0.9, 0.9]
+    result["held_out"]["predicted"] |= dict(low=None, high=None)
+    table = kinds.blocks(result)[1]
+    assert table.rows[0][1] == "1"
+    text = kinds.as_text(result)
+    assert "No intervals: 4 models are too few" in text
+    assert "95% interval" not in text.lower().replace("[95%]", "")
+
+
+def test_configs_that_train_differently_are_said_to():
+    result = ab()
+    assert "do not train alike" not in kinds.as_text(result)
+    result["changes"] = {"learning_rate": [1e-3, 5e-4], "compile": [False, True]}
+    assert "do not train alike (learning_rate 0.001 → 0.0005):" in kinds.as_text(result)
 
 
 @given(SOME, SOME)

@@ -15,8 +15,12 @@ def test_plots_are_outlines_and_the_same_each_time(house):
     assert len(drawn) == 6
     assert not any("<text" in svg or "font-family" in svg for svg in drawn)
     source = house / "results" / "a-machine" / "scale.json"
-    again = plots.svg_text(plots.plot_isoflop(results.load(source)), source)
+    result = results.load(source)
+    again = plots.svg_text(plots.plot_isoflop(result), source)
     assert again == (house / "docs" / "isoflop-a-machine.svg").read_text(encoding="utf-8")
+    for found in (result["held_out"]["predicted"], *(level["law"] for level in result["fit"]["levels"])):
+        found.update(dict.fromkeys({"low", "high", "N_interval", "ratio_interval"} & found.keys()))
+    assert plots.svg_text(plots.plot_isoflop(result), source) != again  # too few points for intervals
 
 
 @pytest.mark.parametrize("name", ["compile", "a_setting_with_a_name_that_is_far_too_long_for_a_label"])
