@@ -23,6 +23,7 @@ import configurator
 import data
 import train
 from base.errors import UserError
+from base.files import ROOT
 from configurator import Config
 from corpus import shards
 from engine import pretrained, restore
@@ -264,7 +265,7 @@ def test_whatever_is_typed_is_understood_or_refused(argv):
 @some
 @given(st.data())
 def test_a_forged_curve_is_refused_or_works(tmp_path_factory, draw):
-    path = Path("config/gpt2_124m.curve.json")
+    path = ROOT / "config" / "gpt2_124m.curve.json"
     content = draw.draw(other(path))
     forged = tmp_path_factory.mktemp("curve") / "x.curve.json"
     forged.write_bytes(content)
