@@ -223,7 +223,7 @@ def data_table(result: dict) -> list[Block]:
     text = result["text"]
     blocks: list[Block] = [
         Table([f"{text['bytes']:,} bytes of text, {result['processes']} processes", "tokens/s [min, max]"], rows),
-        f"prepare_data.py reaches {extent(shares).text('{:.0%}'.format)} of the fastest of tiktoken's own ways in each of "
+        f"prepare_data.py reaches {extent(shares).text('{:.0%}'.format)} of the fastest of tiktoken's own ways over "
         f"{len(shares)} round(s). Its processes hold {peak / 2**20:,.0f} MiB together at most, "
         f"{quarter / 2**20:,.0f} on a quarter of the text.{too_few(len(shares), 'round')}",
     ]

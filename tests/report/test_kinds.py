@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from made_results import ALL, MACHINE, ab, ladder, rung, scale, shakespeare, ver
 
 from base.files import ROOT
 from configurator import GPTConfig
-from report import kinds, results, stats
+from report import kinds, render, results, stats
 
 SOME = st.lists(st.floats(-100, 100).map(lambda v: round(v, 3)), min_size=2, max_size=12)
 
@@ -216,15 +217,41 @@ def test_the_numbers_of_a_run_can_be_shown_without_its_sample():
 def test_every_kind_has_text_for_a_terminal(result):
     text = kinds.as_text(result)
     assert MACHINE["hardware"] in text
-    assert "|" not in text.replace("|Δ loss|", "")
+    assert "| " not in text  # no Markdown
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "results").rglob("*.json")), ids=lambda p: p.stem)
+RECORDED = [p for p in sorted((ROOT / "results").rglob("*.json")) if "kind" in json.loads(p.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda p: p.stem)
 def test_every_recorded_result_still_has_text(path):
     """Files from earlier versions included: what was measured stays readable."""
-    if "kind" not in json.loads(path.read_text(encoding="utf-8")):
-        pytest.skip("not a result: a record beside one")
     assert "commit" in kinds.as_text(results.load(path))
+
+
+@pytest.mark.parametrize("width", [80, 200])
+@pytest.mark.parametrize("path", RECORDED, ids=lambda p: p.stem)
+def test_tables_fit_the_terminal(path, width, monkeypatch):
+    """No line is longer, no word is lost, and each part begins with the rows' names. The ladder was 160 columns wide."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    for table in (b for b in kinds.blocks(results.load(path)) if isinstance(b, render.Table)):
+        text = render.text([table])
+        assert max(map(len, text.splitlines())) <= width
+        parts = len(re.findall("^-", text, re.MULTILINE))
+        expected = Counter(" ".join(cell for row in [table.head, *table.rows] for cell in row).split())
+        names = Counter(" ".join(row[0] for row in [table.head, *table.rows]).split())
+        assert Counter(re.sub(r"^-[- ]*$", "", text, flags=re.MULTILINE).split()) == expected + Counter(
+            {word: (parts - 1) * n for word, n in names.items()}
+        )
+
+
+def test_a_table_that_fits_is_not_wrapped():
+    table = render.Table(["a name", "a number"], [["one that is long enough to be wrapped elsewhere", "1.5"]])
+    assert render.text_table(table, 200).splitlines()[0].endswith("a number")
+    assert len(render.text_table(table, 60).splitlines()) == 3
+    narrow = render.text_table(table, 40).splitlines()
+    assert len(narrow) > 3
+    assert max(map(len, narrow)) <= 40
 
 
 def test_torch_is_not_imported():
