@@ -4,6 +4,7 @@ It is a pure function of the JSON and the plots, so --check can make it again an
 """
 
 import re
+from collections import Counter
 from pathlib import Path
 
 from base.files import ROOT
@@ -62,6 +63,13 @@ def inline(name: str, svg: str) -> str:
     return re.sub(r'(url\(|href=")#', rf"\1#{name}-", svg).strip()
 
 
+def hardware(found: dict[Path, dict]) -> dict[str, str]:
+    """{folder of results: the hardware's name}, no name twice: of two folders with one name each shows its own."""
+    names = {source.parent.name: result["machine"]["hardware"] for source, result in found.items()}
+    often = Counter(names.values())
+    return {slug: name if often[name] == 1 else f"{name} ({slug})" for slug, name in names.items()}
+
+
 def page(sources: list[Path], docs: Path) -> str:
     """The whole page: per hardware what was measured there. Plots that were not drawn are left out."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -72,13 +80,17 @@ def page(sources: list[Path], docs: Path) -> str:
         if plot.is_file():
             svg = inline(plot.stem, plot.read_text(encoding="utf-8"))
             drawn.setdefault(source, []).append({"svg": Markup(svg), "words": words})  # drawn by us, from escaped text
-    machines: dict[str, list[dict]] = {}
-    for source in sources:
-        result = results.load(source)
-        shown = {"result": result, "blocks": kinds.blocks(result), "figures": drawn.get(source, [])}
-        machines.setdefault(source.parent.name, []).append(shown)
-    for shown in machines.values():
-        shown.sort(key=lambda item: list(SECTIONS).index(item["result"]["kind"]))
+    found = {source: results.load(source) for source in sources}
+    places = hardware(found)
+    machines: dict[str, dict] = {slug: {"name": name, "items": []} for slug, name in places.items()}
+    for source, result in sorted(found.items(), key=lambda item: list(SECTIONS).index(item[1]["kind"])):
+        title, about = SECTIONS[result["kind"]]
+        if which := source.stem.removeprefix(result["kind"]).strip("._"):  # run_enwik8.json
+            title += f": {which}"
+        if len(places) > 1:
+            title += f", {places[source.parent.name]}"
+        shown = {"title": title, "about": about, "result": result, "blocks": kinds.blocks(result)}
+        machines[source.parent.name]["items"].append(shown | {"figures": drawn.get(source, [])})
     environment = Environment(
         loader=FileSystemLoader(ROOT / "report"),
         autoescape=True,
@@ -87,4 +99,4 @@ def page(sources: list[Path], docs: Path) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.get_template("page.html.j2").render(machines=machines, sections=SECTIONS, policy=POLICY)
+    return environment.get_template("page.html.j2").render(machines=machines, policy=POLICY)

@@ -1,10 +1,11 @@
 """Plots need no font and cut no label off; the page stands alone, in a real browser too."""
 
+import json
 import re
 
 import pytest
 from browser import CHROMIUM, Browser
-from made_results import ladder
+from made_results import ab, ladder
 
 from report import documents, kinds, page, plots, results
 
@@ -46,6 +47,31 @@ def test_page_holds_everything_and_asks_for_nothing(house):
         assert f"<h3>{page.SECTIONS[results.load(path)['kind']][0]}</h3>" in html
     asks = re.findall(r"""(?:src|href|action|data)\s*=\s*["']([^"']*)|url\(([^)]*)\)|@import""", html)
     assert all(a.startswith(("#", "data:,")) or b.strip("\"'").startswith("#") for a, b in asks)
+
+
+def test_headings_are_unique(house):
+    """Of two configs measured by one command, of two machines, and of two that call themselves the same."""
+    for place, hardware, name, which in (
+        ("a-machine", "A machine, 2 cores", "ab_a_b.json", ab()),
+        ("a-machine", "A machine, 2 cores", "ab_a_c_T32.json", ab()),
+        ("another", "Another machine, 4 cores", "ladder.json", ladder()),
+        ("another", "Another machine, 4 cores", "ab_a_b.json", ab()),
+        ("another-2", "Another machine, 4 cores", "ladder.json", ladder()),
+    ):
+        which["machine"]["hardware"] = hardware
+        path = house / "results" / place / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(which), encoding="utf-8")
+    html = page.page(documents.result_files(house), house / "docs")
+    headings = re.findall(r"<(h[123])>(.*?)</\1>", html)
+    assert len(headings) == len(set(headings)) == 1 + 3 + 14
+    assert ("h3", "Two configs: a_c_T32, A machine, 2 cores") in headings
+    assert ("h2", "Another machine, 4 cores (another-2)") in headings
+
+
+def test_headings_of_this_repository_are_unique(root):
+    headings = re.findall(r"<h[123]>(.*?)</h", (root / "docs" / "index.html").read_text(encoding="utf-8"))
+    assert len(headings) == len(set(headings)) > 10
 
 
 @pytest.fixture(scope="module")
