@@ -6,17 +6,19 @@
     python sample.py config/stages/s1_inference.py            random weights
     echo "To be" | python sample.py out/shakespeare --prompt -    the prompt from standard input
     python sample.py out/large --draft=out/small              the same distribution, faster: the small model proposes
-    python sample.py out/shakespeare --dtype=bfloat16 --quantize=int8    weights in fewer bits: nearly the same, faster
+    python sample.py out/shakespeare --quantize=int8          weights in fewer bits: nearly the same, faster
 
 The model sees at most block_size tokens. A longer prompt keeps its last block_size. Longer texts continue in a window:
 whenever it is full, the oldest half is forgotten, so a new token never costs more than one position on average two.
 """
 
 import codecs
+import functools
 import itertools
+import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -35,13 +37,13 @@ class SampleConfig:
     """How to continue a prompt."""
 
     prompt: str = ""
-    """text to continue; "-" reads standard input; empty starts a document"""
+    """text to continue; "-" reads standard input; empty: the model begins as its training text does"""
     prompt_file: str = ""
     """read the prompt from this UTF-8 file instead"""
     max_new_tokens: int = 200
     """how many tokens to add at most; <|endoftext|> ends a sample sooner"""
     num_samples: int = 1
-    """how many continuations, computed as one batch"""
+    """how many continuations: the k-th (1, 2, …) is what --seed=seed+k-1 gives alone"""
     temperature: float = 0.8
     """divides the logits: 0 is greedy, 1 is the model's own distribution"""
     top_k: int = 200
@@ -54,8 +56,9 @@ class SampleConfig:
     """keep keys and values of the past; False computes every position again for each token (slow, the same text)"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """where to compute"""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """precision of the weights and of the arithmetic"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """precision of the weights and of the arithmetic; auto: the fastest one here that gives float32's greedy text, which is
+    bfloat16 with the kernel in C where that runs, else float32"""
     quantize: Literal["none", "int8", "int4"] = "none"
     """weights in fewer bits: int8 with a scale per row, int4 with one per 32 (variants/quantize.py says what it costs)"""
     draft: str = ""
@@ -72,7 +75,7 @@ class SampleConfig:
         if self.prompt and self.prompt_file:
             raise UserError("prompt and prompt_file exclude each other: use one of them")
         if self.quantize != "none" and self.dtype == "float32":
-            raise UserError(f"quantize={self.quantize} is for decoding in 16 bits: use --dtype=bfloat16 as well")
+            raise UserError(f"quantize={self.quantize} is for decoding in 16 bits: leave out --dtype=float32")
         if self.draft and self.num_samples > 1:
             raise UserError(f"draft={self.draft} proposes for one sample, not {self.num_samples}: use --num_samples=1")
         if self.draft and not self.kv_cache:
@@ -154,13 +157,15 @@ def generate(
     the cache: what the model sees depends on the number of tokens alone (see the top of this file).
     """
     past = DecodeState(model, prompt, num_samples, kv_cache)
-    random = torch.Generator(device=past.seen.device).manual_seed(seed)
+    device = past.seen.device
+    streams = [torch.Generator(device=device).manual_seed(seed + i) for i in range(num_samples)]  # each sample has its own
     for _ in range(max_new_tokens):
         logits = past.logits()[:, -1]
         if how.get("temperature") == 0:  # no distribution is needed, which is faster
             token = likeliest(logits)[1]
         else:
-            token = torch.multinomial(next_distribution(logits, **how), 1, generator=random)
+            rows = next_distribution(logits, **how).split(1)
+            token = torch.cat([torch.multinomial(p, 1, generator=g) for p, g in zip(rows, streams, strict=True)])
         yield token[:, 0].cpu()
         past.add(token)
 
@@ -174,11 +179,12 @@ class SpeculationStats:
     passes: int = 0  # forward passes of the model itself
 
     def summary(self, seconds: float) -> str:
-        made = self.accepted + self.passes
-        return (
-            f"draft: {self.accepted} of {self.proposed} proposals accepted ({self.accepted / max(1, self.proposed):.0%}), "
-            f"{made / max(1, self.passes):.2f} tokens per pass of the model, {made / seconds:.1f} tokens/s"
-        )
+        made, share = self.accepted + self.passes, self.accepted / max(1, self.proposed)
+        told = f"draft: {self.accepted} of {self.proposed} proposals accepted ({share:.0%}), "
+        told += f"{made / max(1, self.passes):.2f} tokens per pass of the model, {made / seconds:.1f} tokens/s"
+        if self.proposed >= 20 and share < 0.2:
+            told += "\nwarning: the model hardly accepts what this draft proposes: leave out --draft, which only costs time"
+        return told
 
 
 @torch.no_grad()
@@ -240,15 +246,17 @@ def read_prompt(cfg: SampleConfig) -> str:
         raise UserError(f"cannot read prompt_file={cfg.prompt_file}: {e.strerror}") from None
 
 
-def print_samples(tokens: Iterator[Tensor], tokenizer: Tokenizer, text: str, count: int) -> None:
-    """Print a single sample while it is generated, several once all are complete."""
-    if count == 1:
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # holds back the bytes of half a character
-        print(text, end="", flush=True)
-        for token in itertools.takewhile(lambda token: token.item() != tokenizer.end_of_text, tokens):
-            print(decoder.decode(tokenizer.decode_bytes([token.item()])), end="", flush=True)
-        print(decoder.decode(b"", final=True))
-        return
+def print_stream(tokens: Iterator[Tensor], tokenizer: Tokenizer, text: str) -> None:
+    """Print one sample while it is generated."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # holds back the bytes of half a character
+    print(text, end="", flush=True)
+    for token in itertools.takewhile(lambda token: token.item() != tokenizer.end_of_text, tokens):
+        print(decoder.decode(tokenizer.decode_bytes([token.item()])), end="", flush=True)
+    print(decoder.decode(b"", final=True))
+
+
+def print_batch(tokens: Iterator[Tensor], tokenizer: Tokenizer, text: str, count: int) -> None:
+    """Print several samples once all are complete."""
     columns = [list(ids) for ids in zip(*(row.tolist() for row in tokens), strict=True)] or [[]] * count
     for number, ids in enumerate(columns, 1):
         end = ids.index(tokenizer.end_of_text) if tokenizer.end_of_text in ids else len(ids)
@@ -258,41 +266,44 @@ def print_samples(tokens: Iterator[Tensor], tokenizer: Tokenizer, text: str, cou
 def main(argv: list[str]) -> None:
     places, flags = configurator.split_positional(SampleConfig(), argv)
     cfg = configurator.parse(SampleConfig(), flags, __doc__)
-    if len(places) != 1:
+    if not places:
         raise UserError('which model? use python sample.py out/shakespeare --prompt "ROMEO:" (one model, then settings)')
+    if len(places) > 1:
+        meant = shlex.join(["python", "sample.py", places[0], "--prompt", " ".join(places[1:])])
+        raise UserError(f"{places[1]!r} is one argument too many; if it is the prompt, use {meant}")
     from engine import machine, restore  # after --help
     from kernels import decode
-    from variants import quantize
 
-    text = read_prompt(cfg)
-    device = machine.pick_device(cfg.device)
-
-    def load(name: str, read: Callable) -> tuple[GPT, Tokenizer]:
-        model, tokenizer = read(name, say=lambda line: print(line, file=sys.stderr))
-        model = model.to(device, machine.DTYPES[cfg.dtype]).eval()
-        restore.check_finite(model, f"{name} in {cfg.dtype}")
-        return model, tokenizer
-
-    model, tokenizer = load(places[0], restore.load_named)
-    if cfg.quantize != "none":
-        model = quantize.convert(model, cfg.quantize)
-    model = decode.wrap(model)
+    text, device = read_prompt(cfg), machine.pick_device(cfg.device)
+    say = functools.partial(print, file=sys.stderr)
+    model, tokenizer = restore.load_named(places[0], say)
+    one_token = cfg.kv_cache and not cfg.draft  # at a time, which is what the kernel computes
+    model, dtype = decode.prepare(model, places[0], device, cfg.dtype, cfg.quantize, one_token)
+    kernel = cfg.kv_cache and isinstance(model, decode.Decoder)
     prompt = tokenizer.encode(text) or [tokenizer.start]
-    if len(prompt) > model.cfg.block_size:
-        print(f"the prompt has {len(prompt)} tokens: only its last {model.cfg.block_size} are used", file=sys.stderr)
-    how = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, seed=cfg.seed)
-    counts, began = SpeculationStats(), time.perf_counter()
     if cfg.draft:
-        draft, other = load(cfg.draft, restore.load_model)
+        draft, other = restore.load_model(cfg.draft, say)
         if other.to_json() != tokenizer.to_json():
             raise UserError(f"{cfg.draft} and {places[0]} have different vocabularies: a draft needs the model's own")
-        draft = decode.wrap(draft)
-        tokens = speculate(model, draft, prompt, cfg.max_new_tokens, counts, draft_tokens=cfg.draft_tokens, **how)
-    else:
-        tokens = generate(model, prompt, cfg.max_new_tokens, num_samples=cfg.num_samples, kv_cache=cfg.kv_cache, **how)
-    print_samples(tokens, tokenizer, text, cfg.num_samples)
+        draft, _ = decode.prepare(draft, cfg.draft, device, dtype)
+    if cfg.dtype == "auto":
+        say(f"computing in {dtype} on {device.type}{', with the kernel in C' if kernel else ''}")
+    if len(prompt) > model.cfg.block_size:
+        say(f"the prompt has {len(prompt)} tokens: only its last {model.cfg.block_size} are used")
+    how = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p)
     if cfg.draft:
-        print(counts.summary(time.perf_counter() - began), file=sys.stderr)
+        counts, began = SpeculationStats(), time.perf_counter()
+        how |= dict(draft_tokens=cfg.draft_tokens, seed=cfg.seed)
+        print_stream(speculate(model, draft, prompt, cfg.max_new_tokens, counts, **how), tokenizer, text)
+        return say(counts.summary(time.perf_counter() - began))
+    several = cfg.num_samples > 1
+    if several and not kernel:
+        how |= dict(kv_cache=cfg.kv_cache, num_samples=cfg.num_samples, seed=cfg.seed)
+        return print_batch(generate(model, prompt, cfg.max_new_tokens, **how), tokenizer, text, cfg.num_samples)
+    for number in range(cfg.num_samples):  # the kernel computes one at a time
+        print(f"--- sample {number + 1} of {cfg.num_samples} ---\n" * several, end="")
+        tokens = generate(model, prompt, cfg.max_new_tokens, seed=cfg.seed + number, kv_cache=cfg.kv_cache, **how)
+        print_stream(tokens, tokenizer, text)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,8 @@ class GPT2Tokenizer:
     name = "gpt2"
     vocab_size = 50257
     end_of_text = 50256  # <|endoftext|>, between documents
-    start = end_of_text  # what an empty prompt begins with
+    start = end_of_text  # what an empty prompt begins with; a data set or a checkpoint may know better (shards.start_of)
+    newline = 198
 
     @property
     def _encoding(self):
@@ -144,6 +145,7 @@ class BPETokenizer:
         self.tokens += [token.encode() for token in specials]
         self.vocab_size = len(self.tokens)
         self.end_of_text = self.start = self.vocab_size - 1  # start: what an empty prompt begins with
+        self.newline = 10
         # the name identifies the vocabulary: shards made with another one must not pass for these
         self.name = f"bpe-{hashlib.sha256(self.to_json().encode()).hexdigest()[:8]}"
 
@@ -191,7 +193,8 @@ class CharTokenizer:
             raise UserError("a character tokenizer needs distinct single characters")
         self.characters = characters
         self.id_of = {c: i for i, c in enumerate(characters)}
-        self.start = self.id_of.get("\n", 0)  # what an empty prompt begins with
+        self.newline = self.id_of.get("\n")
+        self.start = self.newline or 0  # what an empty prompt begins with
         # the name identifies the alphabet: shards made with another one must not pass for these
         digest = hashlib.sha256("".join(characters).encode("utf-8", errors="surrogatepass")).hexdigest()
         self.name = f"char-{digest[:8]}"

@@ -29,6 +29,7 @@ from tokenizer import Tokenizer, from_json
 MAGIC, VERSION, HEADER_BYTES = b"NLADDER\n", 1, 256
 AGAIN = "prepare the data again (run python prepare_data.py … --force)"
 CHECKED_AT_START = 2**26  # bytes; a larger shard is not read through at every start
+LOOKED_AT = 2**20  # tokens of the training text, for one that a text begins after
 HEADER = struct.Struct("<8sIIIQ32s")
 MANIFEST = "manifest.json"
 
@@ -92,6 +93,16 @@ def read_shard(path: Path, tokenizer: Tokenizer) -> np.ndarray:
     return tokens
 
 
+def start_of(tokenizer: Tokenizer, train: list[np.ndarray]) -> int:
+    """What an empty prompt begins with: a token after which the training text begins anew, <|endoftext|> or a line break;
+    its first token if it has neither. An id that was never trained would be followed by noise."""
+    seen = train[0][:LOOKED_AT] if train else []
+    for token in (tokenizer.end_of_text, tokenizer.newline):
+        if token is not None and token in seen:
+            return token
+    return int(seen[0]) if len(seen) else tokenizer.start
+
+
 @dataclass(frozen=True)
 class Dataset:
     """A prepared data set: its tokenizer, and the shards of each split as memory maps."""
@@ -136,6 +147,7 @@ def open_dataset(folder: Path) -> Dataset:
         path = folder / name
         if path.stat().st_size <= CHECKED_AT_START and sha256_of(path) != digest:
             raise UserError(f"{path} is damaged: its sha256 is not the manifest's: {AGAIN}")
+    tokenizer.start = start_of(tokenizer, splits["train"])
     return Dataset(folder, tokenizer, splits, hashlib.sha256(raw).hexdigest())
 
 

@@ -79,6 +79,7 @@ def snapshot(run: Run, progress: Progress) -> checkpoint.Snapshot:
     extra = asdict(progress) | {
         "sequences_seen": progress.step * run.cfg.tokens_per_step // run.cfg.T,  # the data's cursor: batches follow from it
         "data_sha256": run.dataset.sha256,
+        "start": run.dataset.tokenizer.start,
         "scaler": run.scaler.state_dict(),
         "outliers": run.outliers.state(),
     }

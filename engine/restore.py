@@ -20,7 +20,7 @@ from base.errors import UserError
 from base.files import read_text, sha256_of
 from configurator import Config, GPTConfig, from_json, load_file
 from engine import pretrained
-from engine.checkpoint import FORMAT, MOMENTS, STEP_NAME, candidates, set_rng_states, step_name
+from engine.checkpoint import FORMAT, MOMENTS, STEP_NAME, candidates, set_rng_states, step_name, step_of
 from model import GPT
 from tokenizer import GPT2Tokenizer, Tokenizer
 from tokenizer import from_json as tokenizer_from_json
@@ -72,11 +72,34 @@ def verify(folder: Path) -> None:
             raise UserError(f"{folder}: {name[:80]} cannot be read ({e.strerror})") from None
 
 
+def runs_in(folder: Path) -> list[str]:
+    """A line for each run in a folder: its name, newest step and last validation loss."""
+    lines = []
+    try:
+        runs = {path: found[0] for path in sorted(folder.iterdir()) if (found := candidates(path))}
+    except OSError:
+        return []
+    for path, checkpoint in runs.items():
+        line = f"  {path}  step {step_of(checkpoint)}"
+        try:
+            loss = read_training(checkpoint)["val_loss"]
+        except UserError:
+            loss = None
+        lines.append(line if loss is None else f"{line}, val_loss {loss:.4f}")
+    return lines
+
+
 def newest(run_dir: Path, say: Callable[[str], None] = print) -> Path:
     """The newest checkpoint of a run that verifies; damaged ones are skipped with a warning. UserError if none is left."""
     found, damaged = candidates(run_dir), set()
     if not found:
-        raise UserError(f"{run_dir} has no checkpoint: train one first (without --resume)")
+        there = run_dir.is_dir()
+        for line in (runs := runs_in(run_dir if there else run_dir.parent)):
+            say(line)
+        if runs and there:
+            raise UserError(f"{run_dir} is a folder of runs: use one of those listed above")
+        hint = ", or use one of the runs listed above" if runs else ""
+        raise UserError(f"{run_dir} has no checkpoint: train one first (without --resume){hint}")
     while left := [folder for folder in found if folder not in damaged]:
         try:
             verify(left[0])
@@ -113,6 +136,17 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         return tokenizer_from_json(read_text(folder / "tokenizer.json"))
     except (OSError, ValueError) as e:
         raise UserError(f"{folder}/tokenizer.json: {e}") from None
+
+
+def read_start(folder: Path, tokenizer: Tokenizer) -> int:
+    """What an empty prompt begins with, from training.json; the tokenizer's own answer where an older checkpoint has none."""
+    try:
+        start = json.loads(read_text(folder / "training.json")).get("start", tokenizer.start)
+    except BAD_JSON as e:
+        raise UserError(f"{folder}/training.json cannot be read ({type(e).__name__}: {e})") from None
+    if type(start) is not int or not 0 <= start < tokenizer.vocab_size:
+        raise UserError(f"{folder}/training.json: start={str(start)[:20]} is not one of {tokenizer.vocab_size} ids")
+    return start
 
 
 def load_weights(folder: Path, model: GPT) -> None:
@@ -298,6 +332,7 @@ def load_checkpoint(folder: Path) -> tuple[GPT, Tokenizer]:
             "they do not belong together"
         )
     load_weights(folder, model)
+    tokenizer.start = read_start(folder, tokenizer)
     return model, tokenizer
 
 

@@ -24,7 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from base import system
+from engine import machine, restore
 from model import GPT, KVCache
+from variants import quantize
 from variants.quantize import Int8Linear
 
 SOURCE = Path(__file__).with_suffix(".c")
@@ -91,11 +93,12 @@ def build() -> ctypes.CDLL | str:
     return loaded
 
 
-def why_not(model: GPT) -> str | None:
-    """Why the kernel cannot decode this model here, or None."""
+def why_not(model: GPT, dtype: torch.dtype | None = None) -> str | None:
+    """Why the kernel cannot decode this model here, or None. dtype: as if its weights were of that one."""
     cfg, weight = model.cfg, model.transformer.wte.weight
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
-        return f"it computes bfloat16 on a CPU, not {str(weight.dtype).removeprefix('torch.')} on {weight.device.type}"
+    dtype = dtype or weight.dtype
+    if weight.device.type != "cpu" or dtype != torch.bfloat16:
+        return f"it computes bfloat16 on a CPU, not {str(dtype).removeprefix('torch.')} on {weight.device.type}"
     odd = {type(m).__name__ for m in linears(model)} - {"Linear", "Int8Linear"}
     if odd:
         return f"it does not know {', '.join(odd)}"
@@ -160,3 +163,20 @@ class Decoder(nn.Module):
 def wrap(model: GPT) -> GPT | Decoder:
     """The model behind the kernel, or the model itself where why_not() gives a reason."""
     return model if why_not(model) else Decoder(model)
+
+
+def prepare(
+    model: GPT, name: str, device: torch.device, dtype: str = "auto", bits: str = "none", one_token: bool = True
+) -> tuple[GPT | Decoder, str]:
+    """A model ready for decoding on a device, and its precision. UserError if it has weights that are no numbers.
+
+    dtype: auto: the fastest precision that gives float32's greedy text: bfloat16 with the kernel, else float32. bits: as
+    variants.quantize names them; those weights are decoded in 16 bits. one_token: whether it reads one at a time, as the kernel
+    does.
+    """
+    model = model.to(device)
+    if dtype == "auto":
+        dtype = "bfloat16" if bits != "none" or (one_token and not why_not(model, torch.bfloat16)) else "float32"
+    model = model.to(machine.DTYPES[dtype]).eval()
+    restore.check_finite(model, f"{name} in {dtype}")
+    return wrap(quantize.convert(model, bits) if bits != "none" else model), dtype

@@ -54,7 +54,7 @@ WRONG = [
     ("sample.py", ["config/stages/s1_inference.py", "--prompt_file={tmp}/missing.txt"], "prompt_file"),
     ("sample.py", ["config/stages/s1_inference.py", "--prompt_file={tmp}/latin1.txt"], "not UTF-8"),
     ("sample.py", ["config/stages/s1_inference.py", "--temprature=1"], "did you mean temperature"),
-    ("sample.py", ["config/stages/s1_inference.py", "--quantize=int8"], "use --dtype=bfloat16 as well"),
+    ("sample.py", ["config/stages/s1_inference.py", "--quantize=int8", "--dtype=float32"], "leave out --dtype=float32"),
     ("sample.py", ["config/stages/s1_inference.py", "--quantize=int3", "--dtype=bfloat16"], "int4"),
     ("sample.py", ["config/stages/s1_inference.py", "--draft=out/missing"], "not a run, a checkpoint or a model folder"),
     ("sample.py", ["config/stages/s1_inference.py", "--draft=out/x", "--num_samples=2"], "use --num_samples=1"),

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from base.errors import UserError
 from configurator import GPTConfig
 from engine import checkpoint, restore
 from engine.pretrained import save_hf_dir
+from kernels import decode
 from model import GPT
 from sample import SampleConfig, generate, next_distribution
 from tokenizer import CharTokenizer, GPT2Tokenizer
@@ -149,6 +151,11 @@ def test_the_seed_decides_the_draws(model):
     assert a == b != other
     torch.manual_seed(99)  # the global generator has no part in it
     assert draw(model, [1, 2], 30, num_samples=2, seed=5) == a
+
+
+def test_each_sample_of_a_batch_is_the_one_that_its_own_seed_gives_alone(model):
+    rows = draw(model, [1, 2], 30, num_samples=3, seed=5, top_k=20)
+    assert rows == [draw(model, [1, 2], 30, seed=seed, top_k=20)[0] for seed in (5, 6, 7)]
 
 
 def test_samples_of_a_batch_differ_and_each_follows_its_own_past(model):
@@ -358,14 +365,17 @@ def test_the_prompt_from_standard_input_in_any_locale(parrot, run_script):
     """The real program: UTF-8 in and out, whatever the locale says."""
     env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
     done = run_script("sample.py", parrot, "--prompt", "-", "--max_new_tokens=0", input="žluť 🙂", env=env)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "žluť 🙂\n", "")
+    assert (done.returncode, done.stdout) == (0, "žluť 🙂\n")
+    assert re.fullmatch(r"computing in (bfloat16|float32) on \w+.*\n", done.stderr)
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         ([], "which model"),
-        (["a", "b"], "which model"),
+        (["out/run", "ROMEO:"], "'ROMEO:' is one argument .* use python sample.py out/run --prompt ROMEO:$"),
+        (["out/run", "To", "be,"], "use python sample.py out/run --prompt 'To be,'$"),
+        (["PARROT", "--quantize=int8", "--dtype=float32"], "quantize=int8 is for decoding in 16 bits"),
         (["no/such/folder/at/all"], "no/such/folder"),
         (["PARROT", "--top_p=0"], r"top_p=0.* must lie in"),
         (["PARROT", "--temperature=-1"], "temperature=-1"),
@@ -387,11 +397,11 @@ def test_mistakes_end_in_one_line(parrot, tmp_path, argv, message):
     assert "\n" not in str(refusal.value)
 
 
-def write_run(folder: Path, model: GPT, tokenizer: CharTokenizer) -> None:
+def write_run(folder: Path, model: GPT, tokenizer: CharTokenizer, extra: dict | None = None) -> None:
     """A run as train.py leaves it."""
     cfg = configurator.Config(**vars(model.cfg), tokens_per_step=model.cfg.block_size)
     tensors = checkpoint.state_tensors(model, torch.optim.AdamW(model.parameters()))
-    checkpoint.save(folder, checkpoint.Snapshot(1, *tensors, [torch.get_rng_state()], cfg, tokenizer, {}), keep=1)
+    checkpoint.save(folder, checkpoint.Snapshot(1, *tensors, [torch.get_rng_state()], cfg, tokenizer, extra or {}), keep=1)
 
 
 @pytest.fixture(scope="module")
@@ -401,6 +411,97 @@ def run_dir(tmp_path_factory) -> str:
     cfg = GPTConfig(n_layer=1, n_head=1, n_embd=32, block_size=8, vocab_size=3)
     write_run(folder, build(cfg), CharTokenizer(["\t", "\n", "a"]))
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> str:
+    """A run of a shape that the kernel takes, which has learned a sentence by heart."""
+    sentence = "a small model learns one sentence by heart, and says it again and again.\n"
+    tokenizer = CharTokenizer.train(sentence)
+    cfg = GPTConfig(n_layer=1, n_head=2, n_embd=64, block_size=32, vocab_size=tokenizer.vocab_size)
+    model, ids = build(cfg).train(), torch.tensor(tokenizer.encode(sentence * 3))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(80):
+        idx = torch.stack([ids[start : start + 33] for start in range(step % 6, 150, 6)])
+        model(idx[:, :-1], idx[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    folder = tmp_path_factory.mktemp("learned") / "run"
+    write_run(folder, model, tokenizer)
+    return str(folder)
+
+
+def test_auto_gives_the_greedy_text_of_float32(trained, capsys):
+    """Whatever it chooses here, and says."""
+    texts = {}
+    for dtype in ("auto", "float32"):
+        sample.main([trained, "--prompt=a small", f"--dtype={dtype}", "--temperature=0", "--max_new_tokens=200"])
+        texts[dtype], told = capsys.readouterr()
+        assert ("computing in" in told) == (dtype == "auto")
+    assert texts["auto"] == texts["float32"]
+    assert "sentence by heart, and says it again and again.\na small" in texts["auto"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [
+        (["--device=cpu"], None),
+        (["--device=cpu", "--kv_cache=False"], "float32"),
+        (["--device=cpu", "--draft=TRAINED"], "float32"),
+        (["--quantize=int8"], "bfloat16"),
+        (["--quantize=int4"], "bfloat16"),
+    ],
+    ids=str,
+)
+def test_auto_is_bfloat16_where_the_kernel_decodes_or_bits_are_fewer(trained, capsys, flags, dtype):
+    fastest = "float32" if isinstance(decode.build(), str) else "bfloat16"
+    sample.main([trained, "--max_new_tokens=3", *(f.replace("TRAINED", trained) for f in flags)])
+    assert f"computing in {dtype or fastest} on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [[], ["--dtype=float32"], ["--kv_cache=False"]], ids=" ".join)
+def test_the_first_of_several_samples_is_the_single_one(trained, capsys, flags):
+    argv = [trained, "--prompt=a", "--temperature=2", "--max_new_tokens=40", *flags]
+    sample.main(argv)
+    single = capsys.readouterr().out
+    sample.main([*argv, "--num_samples=3"])
+    first, second, third = re.split(r"--- sample . of 3 ---\n", capsys.readouterr().out)[1:]
+    assert first == single
+    assert len({first, second, third}) == 3
+
+
+def test_a_draft_that_is_hardly_accepted_ends_with_a_warning(trained, tmp_path, capsys):
+    model, tokenizer = restore.load_model(trained)
+    with torch.no_grad():
+        model.transformer.ln_f.weight.mul_(-1)  # the least likely token is its likeliest
+    write_run(tmp_path, model, tokenizer)
+    argv = [trained, "--prompt=a", "--max_new_tokens=60"]
+    for draft, warns in {str(tmp_path): True, trained: False}.items():
+        sample.main([*argv, f"--draft={draft}"])
+        assert ("warning: the model hardly accepts" in capsys.readouterr().err) == warns
+
+
+def test_a_folder_of_runs_is_listed(trained, capsys):
+    folder = Path(trained).parent
+    with pytest.raises(UserError, match=f"{folder} is a folder of runs"):
+        sample.main([str(folder)])
+    assert f"  {trained}  step 1\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_an_empty_prompt_starts_with_the_checkpoints_own_token(run_dir, tmp_path, monkeypatch, start):
+    write_run(tmp_path, *restore.load_model(run_dir), {"start": start})
+    asked = []
+    monkeypatch.setattr(sample, "generate", lambda model, prompt, *_, **__: asked.append(prompt) or iter(()))
+    sample.main([str(tmp_path)])
+    assert asked == [[start]]
+
+
+@pytest.mark.parametrize("start", [3, -1, "a", None, True])
+def test_a_start_that_is_no_token_is_refused(run_dir, tmp_path, start):
+    write_run(tmp_path, *restore.load_model(run_dir), {"start": start})
+    with pytest.raises(UserError, match=r"training\.json: start=.* is not one of 3 ids"):
+        sample.main([str(tmp_path)])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -413,8 +514,8 @@ def run_dir(tmp_path_factory) -> str:
         ["--top_p=0.5"],
         ["--kv_cache=False"],
         ["--dtype=bfloat16"],
-        ["--dtype=bfloat16", "--quantize=int8"],
-        ["--dtype=bfloat16", "--quantize=int4"],
+        ["--quantize=int8"],
+        ["--quantize=int4"],
         ["--draft=GOOD"],
     ],
     ids=" ".join,
@@ -428,7 +529,7 @@ def test_a_model_of_nan_or_infinite_weights_is_named(tmp_path, run_dir, value, f
     with pytest.raises(UserError, match=rf"{tmp_path} in \w+: transformer\.h\.0\.mlp\.c_fc\.weight has NaN or infinite values"):
         sample.main([str(tmp_path), *(f.replace("GOOD", run_dir) for f in flags)])
     if flags == ["--draft=GOOD"]:
-        with pytest.raises(UserError, match=rf"{tmp_path} in float32: transformer"):
+        with pytest.raises(UserError, match=rf"{tmp_path} in \w+: transformer"):
             sample.main([run_dir, f"--draft={tmp_path}"])
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from base.errors import UserError
 from corpus import shards
 from corpus.writing import ShardWriter
-from tokenizer import CharTokenizer
+from tokenizer import BPETokenizer, CharTokenizer, GPT2Tokenizer
 
 SMALL = CharTokenizer([chr(0x4E00 + i) for i in range(500)])  # two bytes per id
 LARGE = CharTokenizer([chr(i) for i in range(0x10000, 0x10000 + 2**16 + 1)])  # one id too many for two bytes
@@ -203,3 +203,32 @@ def test_a_split_of_many_shards_is_one_stream(tmp_path):
     opened = shards.open_dataset(tmp_path)
     assert [len(s) for s in opened.splits["train"]] == [33] * 12 + [4]
     assert opened.split("train").read(30, 350).tolist() == list(range(30, 380))
+
+
+LETTERS = CharTokenizer(["\n", "a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "train", "start"),
+    [
+        (LETTERS, [2, 0, 1], 0),
+        (LETTERS, [2, 1, 1], 2),  # the line break is in the val split only
+        (CharTokenizer(["a", "b"]), [1, 0], 1),
+        (GPT2Tokenizer(), [50, 198, 60], 198),
+        (GPT2Tokenizer(), [50, 198, 50256, 60], 50256),
+        (GPT2Tokenizer(), [50, 60], 50),
+        (BPETokenizer([]), [97, 10, 98], 10),
+        (BPETokenizer([]), [97, 10, 256], 256),
+    ],
+)
+def test_an_empty_prompt_begins_with_a_token_that_was_trained(tmp_path, tokenizer, train, start):
+    """... after which a text begins anew, if there is one."""
+    entries = {split: write_shards(tmp_path, split, train, tokenizer) for split in ("train", "val")}
+    shards.write_manifest(tmp_path, entries, tokenizer, "a test")
+    assert shards.open_dataset(tmp_path).tokenizer.start == start
+
+
+def test_the_known_line_breaks_are_line_breaks(gpt2_files):
+    for tokenizer in (GPT2Tokenizer(), BPETokenizer([]), LETTERS):
+        assert tokenizer.decode([tokenizer.newline]) == "\n"
+        assert tokenizer.encode("\n") == [tokenizer.newline]

@@ -12,7 +12,7 @@ from runs import assert_same, contents, events, losses
 
 import train
 from base.errors import UserError
-from engine import checkpoint
+from engine import checkpoint, restore
 
 pytestmark = pytest.mark.usefixtures("own_signals")
 
@@ -68,6 +68,21 @@ def test_resuming_nothing_is_refused_and_does_not_block_a_fresh_start(cfg):
         train.train(replace(cfg, resume=True))
     train.train(cfg)
     assert max(losses(cfg)) == 6
+
+
+def test_resuming_nothing_lists_the_runs_beside_it(cfg, capsys):
+    train.train(cfg)
+    capsys.readouterr()
+    with pytest.raises(UserError, match="or use one of the runs listed above"):
+        train.train(replace(cfg, resume=True, out_dir=f"{cfg.out_dir}_misspelt"))
+    assert f"  {cfg.out_dir}  step 6, val_loss " in capsys.readouterr().out
+
+
+def test_a_checkpoint_keeps_what_an_empty_prompt_begins_with(cfg, monkeypatch):
+    """A line break here, unlike the tokenizer's own answer."""
+    monkeypatch.setattr("corpus.shards.start_of", lambda tokenizer, train: 3)
+    train.train(cfg)
+    assert restore.load_model(cfg.out_dir)[1].start == 3
 
 
 def test_other_data_is_refused_on_resuming(cfg, tmp_path, text):

@@ -4,6 +4,7 @@ import os
 import pickle
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -352,3 +353,26 @@ def test_a_checkpoint_that_is_removed_while_it_is_read_is_no_damage(trained, fol
         shutil.rmtree(folder.parent / "step_00000030", ignore_errors=True)
         trained.save(folder.parent, 20)
     assert not notes
+
+
+def test_the_runs_of_a_folder_are_listed_with_step_and_loss(trained, tmp_path):
+    trained.save(tmp_path / "out" / "old", 10)
+    for step in (10, 20):
+        states = [checkpoint.rng_states(CPU)]
+        snapshot = trained.snapshot(step, states)
+        checkpoint.save(tmp_path / "out" / "new", replace(snapshot, extra=snapshot.extra | {"val_loss": step / 8}), 5)
+    (tmp_path / "out" / "nothing").mkdir()
+    expected = [f"  {tmp_path}/out/new  step 20, val_loss 2.5000", f"  {tmp_path}/out/old  step 10"]
+    for place, message in {"out": "out is a folder of runs", "out/missing": "no checkpoint: .* one of the runs"}.items():
+        told: list[str] = []
+        with pytest.raises(UserError, match=message):
+            restore.newest(tmp_path / place, told.append)
+        assert told == expected
+
+
+def test_a_folder_without_runs_around_it_says_nothing(tmp_path):
+    told: list[str] = []
+    for place in (tmp_path, tmp_path / "missing", tmp_path / "not" / "there"):
+        with pytest.raises(UserError, match=r"train one first \(without --resume\)$"):
+            restore.newest(place, told.append)
+    assert told == []
