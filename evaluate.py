@@ -45,6 +45,7 @@ from corpus.hellaswag import ENDINGS, Row, batch_rows, encode_row, load_rows
 from engine import checkpoint, machine, parallel, restore
 from engine.parallel import World
 from model import GPT, KVCache, cross_entropy
+from report import kinds, stats
 from tokenizer import Tokenizer, token_bytes
 
 
@@ -110,34 +111,44 @@ def validation(
     autocast: Callable[[], AbstractContextManager] = contextlib.nullcontext,
     world: World = World(),  # noqa: B008 - frozen
     broken_off: Callable[[], bool] = lambda: False,
+    standard_error: bool = False,
 ) -> dict | None:
     """The model on the first `tokens` targets of a split: the same ones always, whatever the batch and world size.
 
     Returns {loss, in nats per token; perplexity, exp(loss); bits_per_byte of the text that the targets are (what ends a
-    document costs bits and has no bytes); tokens; bytes}, the same in every process. net: a GPT, or what is wrapped around one.
-    Each process calls it equally often, so it may be sharded. None if broken_off(), asked before each batch, returns True.
+    document costs bits and has no bytes); tokens; bytes} in every process; with standard_error also that of the loss over its
+    sequences (None for a single one) and how many those are, from net's logits. net: a GPT, or what is wrapped around one. Each
+    process calls it equally often, so it may be sharded. None if broken_off(), asked before each batch, returns True.
     """
     sizes = torch.tensor(token_bytes(tokenizer))
-    sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes; on the CPU: mps has no float64
+    sums = torch.zeros(7, dtype=torch.float64)  # on the CPU: mps has no float64
     total = min(len(stream) - 1, tokens)
     with evaluating(net, "validation", total, "tok", world) as bar:
         for x, y in data.validation_batches(stream, T, tokens, batch_size, world.rank, world.size):
             if broken_off():
                 return None
+            n = (y >= 0).sum(1).double()  # targets of each sequence
             with autocast():
-                loss = net(x.to(device), y.to(device)).item()
-            counted = y[y >= 0]
-            if n := counted.numel():  # else this process has run out: the mean over nothing is NaN
-                sums += torch.tensor([loss * n, n, sizes[counted].sum().item()], dtype=torch.float64)
+                if standard_error:
+                    nats = cross_entropy(net(x.to(device)), y.to(device), "none").view(y.shape).cpu().double().sum(1)
+                else:
+                    nats = net(x.to(device), y.to(device)).item() * n
+            if n.any():  # else this process has run out: the mean over nothing is NaN
+                terms = (nats, n, sizes[y[y >= 0]], n > 0, nats**2, nats * n, n**2)  # sizes: bytes; n > 0: sequences
+                sums += torch.tensor([v.sum().item() for v in terms], dtype=torch.float64)
             bar.update(min(x.numel() * world.size, total - bar.n))
-    nats, count, size = summed(sums, device).tolist()
-    return {
-        "loss": nats / count,
-        "perplexity": math.exp(nats / count) if nats / count < 700 else math.inf,
+    nats, count, size, sequences, *squares = summed(sums, device).tolist()
+    loss = nats / count
+    found = {
+        "loss": loss,
+        "perplexity": math.exp(loss) if loss < 700 else math.inf,
         "bits_per_byte": nats / math.log(2) / size if size else math.nan,  # a text of document ends alone has no bytes
         "tokens": int(count),
         "bytes": int(size),
     }
+    if standard_error:
+        found |= {"standard_error": stats.error_of_ratio(loss, count, int(sequences), *squares), "sequences": int(sequences)}
+    return found
 
 
 def summed(values: Tensor, device: torch.device) -> Tensor:
@@ -274,9 +285,8 @@ def evaluate_model(place: str, cfg: EvalConfig) -> dict:
     if dataset:
         tokens = cfg.tokens or (trained.eval_tokens if trained else 1_048_576)
         began = time.perf_counter()
-        net = torch.compile(model) if cfg.compile else model
-        sizes = dict(tokens=tokens, T=T, batch_size=max(1, batch_tokens // T), device=device)
-        result = validation(net, dataset.split("val"), tokenizer, **sizes, **how)
+        sizes = dict(tokens=tokens, T=T, batch_size=max(1, batch_tokens // T), device=device, standard_error=True)
+        result = validation(torch.compile(model) if cfg.compile else model, dataset.split("val"), tokenizer, **sizes, **how)
         about = {"dataset": dataset.folder.name, "data_sha256": dataset.sha256, "sequence_length": T}
         found["validation"] = result | about | {"seconds": time.perf_counter() - began}
     if rows:
@@ -297,8 +307,8 @@ def summary(record: dict) -> dict:
     """The main numbers, on one level."""
     flat = {name: record[name] for name in ("model", "step") if record[name] is not None}
     if v := record.get("validation"):
-        flat |= {"dataset": v["dataset"], "val_loss": v["loss"], "perplexity": v["perplexity"]}
-        flat |= {"bits_per_byte": v["bits_per_byte"], "tokens": v["tokens"]}
+        flat |= {"dataset": v["dataset"], "val_loss": v["loss"], "standard_error": v["standard_error"]}
+        flat |= {name: v[name] for name in ("perplexity", "bits_per_byte", "tokens", "sequences")}
     if h := record.get("hellaswag"):
         flat |= {"hellaswag_acc": h["acc"], "hellaswag_acc_norm": h["acc_norm"], "rows": h["rows"], "rows_cut": h["cut"]}
     return {name: float(f"{x:.6g}") if isinstance(x, float) else x for name, x in flat.items()}
@@ -315,7 +325,7 @@ def main(argv: list[str]) -> None:
     when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     record = {"kind": "evaluate", "date": when, "command": "python evaluate.py " + " ".join(argv)} | record
     run, _ = run_folder(places[0])
-    print(json.dumps(summary(record)))
+    print(f"{kinds.as_text(record)}\n\n{json.dumps(summary(record))}")
     try:
         if cfg.out:
             write_atomically(Path(cfg.out), (json.dumps(record, indent=1) + "\n").encode())

@@ -81,15 +81,23 @@ def evaluate_table(result: dict) -> list[Block]:
     rows, notes = [], []
     if v := result.get("validation"):
         bits = v["bits_per_byte"]
-        rows += [[f"validation loss on {v['dataset']}", f"{v['loss']:.4f}"], ["perplexity", f"{v['perplexity']:,.2f}"]]
+        error = f" ± {v['standard_error']:.4f}" if v.get("standard_error") else ""
+        rows += [[f"validation loss on {v['dataset']}", f"{v['loss']:.4f}{error}"], ["perplexity", f"{v['perplexity']:,.2f}"]]
         rows += [["bits per byte", f"{bits:.4f}"]] if math.isfinite(bits) else []
         notes.append(f"Loss: {v['tokens']:,} tokens ({v['bytes']:,} bytes) in sequences of {v['sequence_length']:,}.")
+        if error:
+            notes.append(f"± one standard error over the {v['sequences']:,} sequences, as if each were drawn by itself.")
+        elif "sequences" in v:
+            notes.append("One sequence has no standard error.")
     if h := result.get("hellaswag"):
         for name in ("acc", "acc_norm"):  # a proportion's standard error
             error = math.sqrt(h[name] * (1 - h[name]) / h["rows"])
             rows.append([f"HellaSwag {name}", f"{h[name]:.2%} ± {error:.2%}"])
-        cut = f", {h['cut']:,} of them cut to the model's block" if h["cut"] else ""
-        notes.append(f"HellaSwag: {h['rows']:,} rows{cut}, completion style; chance is 25%; ± one standard error.")
+        notes.append(f"HellaSwag: {h['rows']:,} rows, completion style; chance is 25%; ± one standard error over the rows.")
+        if h["cut"]:
+            notes.append(
+                f"rows_cut: {h['cut']:,} rows are longer than the model's block and lost the beginning of their context."
+            )
     step = "" if result["step"] is None else f", step {result['step']:,}"
     return [
         Table([f"{result['model']}{step}, {result['parameters'] / 1e6:.2f}M parameters", ""], rows),

@@ -78,6 +78,16 @@ def interval(values: list[float]) -> Estimate:
     return Estimate(mean, float(low), float(high))
 
 
+def error_of_ratio(ratio: float, whole: float, points: int, ss: float, sn: float, nn: float) -> float | None:
+    """Standard error of Σs / Σn over points with s and n each, such as sequences with their nats and tokens: the root of
+    k / (k - 1) · Σ(s - ratio · n)², over Σn. None for too few points. whole: Σn. ss, sn, nn: Σs², Σs·n, Σn².
+    """
+    if not enough(points):
+        return None
+    squares = max(0.0, ss - 2 * ratio * sn + ratio**2 * nn)
+    return math.sqrt(squares * points / (points - 1)) / whole
+
+
 def difference(a: list[float], b: list[float]) -> Estimate:
     """mean b - mean a with Welch's 95% confidence interval, which allows the two a different spread."""
     middle = statistics.fmean(b) - statistics.fmean(a)

@@ -287,6 +287,28 @@ def test_validation_is_the_mean_over_the_first_targets_whatever_the_batch(tiny, 
         assert (found["tokens"], found["bytes"]) == (last, len(OWN.decode_bytes(ids[1 : last + 1].tolist())))
 
 
+def test_the_standard_error_is_how_much_the_loss_varies_when_sequences_are_drawn_again(tiny):
+    """With replacement, as many as there are; the last one is shorter. The same whatever the batch; none for one sequence."""
+    model, T = random_model(tiny(vocab_size=OWN.vocab_size)), 8
+    ids = torch.tensor(OWN.encode("the cat sat on the mat. žluť 🙂 the dog ran after the cat. " * 4 + "xyz 123 qqq. " * 9))
+    ids = ids[: len(ids) // T * T + 4]
+    rows = [ids[a : a + T + 1] for a in range(0, len(ids) - 1, T)]
+    log_p = [model(row[None, :-1])[0].double().log_softmax(-1) for row in rows]
+    nats = np.array([-p[torch.arange(len(p)), row[1:]].sum().item() for p, row in zip(log_p, rows, strict=True)])
+    sizes = np.array([len(row) - 1 for row in rows])
+    drawn = np.random.default_rng(0).integers(0, len(rows), (20_000, len(rows)))
+    losses = nats[drawn].sum(1) / sizes[drawn].sum(1)
+    stream = TokenStream([ids.numpy().astype(np.uint16)])
+    how = dict(T=T, device=CPU, standard_error=True)
+    for batch_size in (1, 7):
+        found = validation(model, stream, OWN, tokens=10**6, batch_size=batch_size, **how)
+        assert found["loss"] == pytest.approx(nats.sum() / sizes.sum(), rel=1e-6)
+        assert found["standard_error"] == pytest.approx(losses.std() * math.sqrt(len(rows) / (len(rows) - 1)), rel=0.03)
+        assert found["sequences"] == len(rows) > 20
+    assert validation(model, stream, OWN, tokens=T, batch_size=2, **how)["standard_error"] is None
+    assert validation(model, stream, OWN, tokens=T + 1, batch_size=2, **how)["standard_error"] > 0
+
+
 # ---- the command line
 
 
@@ -370,7 +392,7 @@ def test_two_processes_say_what_one_says(trained, prepared, tmp_path):
     ranks.run(2, tmp_path / "ranks", evaluate.main, [*argv, f"--out={tmp_path}/two.json"])
     one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("one", "two"))
     assert (one["processes"], two["processes"]) == (1, 2)
-    for name in ("loss", "perplexity", "bits_per_byte", "tokens", "bytes"):
+    for name in ("loss", "standard_error", "perplexity", "bits_per_byte", "tokens", "bytes", "sequences"):
         assert two["validation"][name] == pytest.approx(one["validation"][name], rel=1e-12)
     printed = [(tmp_path / "ranks" / f"{n}.out").read_text() for n in (0, 1)]
     assert printed[0].count("val_loss") == 1
@@ -386,6 +408,10 @@ def test_report_shows_it(trained, tmp_path, capsys):
     assert "28.59%" in text
     assert "29.55%" in text
     assert "10,042" in text
+    error, sequences = record["validation"]["standard_error"], record["validation"]["sequences"]
+    assert f"± {error:.4f}" in text
+    assert f"± one standard error over the {sequences} sequences" in text
+    assert "rows_cut: 3 rows are longer than the model's block" in text
     del record["validation"]
     assert "bits" not in kinds.as_markdown(record)
 
