@@ -18,8 +18,9 @@
     python bench.py kills              config/shakespeare.py killed at twenty random moments, against the same undisturbed
     python bench.py scale              scaling laws of small models, with settings of its own (python bench.py scale --help)
 
-Each measurement is a fresh process. Rounds are interleaved (all configs, then all again), so that drift of a shared machine
-hits all alike. Results go to results/<hardware>/<command>.json as raw numbers; report/ computes everything that is printed.
+Training steps are timed in a fresh process for each config. Rounds are interleaved (all configs, then all again), so that drift
+of a shared machine hits all alike. Results go to results/<hardware>/<command>.json as raw numbers; report/ computes everything
+that is printed.
 """
 
 import signal
