@@ -60,7 +60,7 @@ WRONG = [
     ("sample.py", ["config/stages/s1_inference.py", "--draft=out/x", "--num_samples=2"], "use --num_samples=1"),
     ("sample.py", ["config/stages/s1_inference.py", "--draft_tokens=2"], "use --draft="),
     ("train.py", [TINY, "--sdpa_backend=cudnn"], "use --sdpa_backend=any"),
-    ("train.py", [TINY, "--compile_mode=reduce-overhead"], "use --compile_mode=default"),
+    ("train.py", [TINY, "--compile=True", "--compile_mode=reduce-overhead"], "use --compile_mode=default"),
     ("train.py", [TINY, "--compile_mode=max-autotune-no-cudagraphs"], "needs --compile=True"),
     ("evaluate.py", [], "which model?"),
     ("evaluate.py", ["out/missing"], "not a run, a checkpoint or a model folder"),
