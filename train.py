@@ -13,6 +13,7 @@ Every setting of configurator.py is a flag: --name=value. Ctrl-C (or SIGTERM) en
 """
 
 import math
+import shlex
 import sys
 import textwrap
 import time
@@ -185,7 +186,7 @@ def loop(s: Session) -> None:
         improved = (s.due(cfg.eval_interval) or p.step == cfg.max_steps) and validate(s)
         if s.due(cfg.hellaswag_interval):
             score_hellaswag(s)
-        if s.due(cfg.sample_interval):
+        if s.due(cfg.sample_interval) and not s.last:
             write_sample(s)
         report_finished_save(s)
         if s.last or s.due(cfg.checkpoint_interval) or (improved and cfg.keep_best):
@@ -292,15 +293,27 @@ def score_hellaswag(s: Session) -> None:
         s.stop()
 
 
-def write_sample(s: Session) -> None:
-    """Let the model write a text; draws nothing from the random states of training. Every process must call it."""
+def write_sample(s: Session, count: int = 1) -> None:
+    """Let the model write; draws nothing from the random states of training. Every process must call it."""
     run, tokenizer = s.run, s.run.dataset.tokenizer
     prompt = tokenizer.encode(run.cfg.sample_prompt) or [tokenizer.start]
     run.model.eval()
-    how = dict(temperature=0.8, top_k=200, seed=run.cfg.seed)
-    ids = [int(token[0]) for token in sample.generate(run.model, prompt, SAMPLE_TOKENS, **how)]
+    how = dict(num_samples=count, temperature=0.8, top_k=200, seed=run.cfg.seed)
+    with torch.compiler.set_stance("force_eager"):  # each length is a shape of its own
+        columns = list(sample.generate(run.model, prompt, SAMPLE_TOKENS, **how))
     run.model.train()
-    s.journal.say(f"sample | {run.cfg.sample_prompt}{tokenizer.decode(ids)}".replace("\n", "\n       | "))
+    for ids in torch.stack(columns, dim=1).tolist():
+        s.journal.say(f"sample | {run.cfg.sample_prompt}{tokenizer.decode(ids)}".replace("\n", "\n       | "))
+
+
+def close_with_samples(s: Session) -> None:
+    """The last lines of a run that reached its end: three texts, if it wrote any on the way, and what to run next."""
+    cfg = s.run.cfg
+    if cfg.sample_interval:
+        write_sample(s, count=3)
+    prompt = f" --prompt={shlex.quote(cfg.sample_prompt)}" if cfg.sample_prompt else ""
+    s.journal.say(f"next: python sample.py {s.out}{prompt}")
+    s.journal.say(f"      python train.py {s.out} --max_steps={2 * cfg.max_steps}")
 
 
 def save(s: Session) -> None:
@@ -397,6 +410,8 @@ def run_session(run: Run, watchdog: Watchdog) -> int:
         loop(s)
         with s.journal.waiting("saving"):
             finish_save(s, final=True)
+        if p.step == cfg.max_steps and not s.stop.asked:
+            close_with_samples(s)
         parallel.barrier()
     except TrainingStopped as stopped:
         raise UserError(capsule.report(run, s.out, stopped, folder.snapshot(run, Progress(step=stopped.step)))) from None
@@ -404,9 +419,9 @@ def run_session(run: Run, watchdog: Watchdog) -> int:
         for close in closings:
             close()
     if s.stop.signals:
-        s.journal.say(f"stopped by a signal after step {p.step}: use --resume to continue")
+        s.journal.say(f"stopped by a signal after step {p.step}; to continue: python train.py {s.out}")
     elif s.stop.asked:
-        s.journal.say(f"stopped after {cfg.max_minutes:g} minutes, after step {p.step}: use --resume to continue")
+        s.journal.say(f"stopped after {cfg.max_minutes:g} minutes, after step {p.step}; to continue: python train.py {s.out}")
     return s.stop.signals[0] if s.stop.signals else 0
 
 

@@ -1,6 +1,7 @@
 """What a user mistypes ends as one line that says what to do: exit status 2, no traceback."""
 
 import os
+import shlex
 import shutil
 import sys
 
@@ -192,6 +193,18 @@ def test_what_may_not_change_is_refused_in_one_message_with_a_command_that_works
 def test_a_finished_run_says_so(trained, capsys):
     train.main([trained])
     assert "is finished at step 6; use --max_steps=" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_a_run_ends_with_three_texts_and_the_commands_that_come_next(trained, capsys):
+    capsys.readouterr()
+    train.main([trained, "--max_steps=8", "--sample_interval=7", "--sample_prompt=the cat"])
+    out = capsys.readouterr().out
+    assert out.count("sample | the cat") == 1 + 3
+    sample.main([*shlex.split(out.partition("next: python sample.py ")[2].splitlines()[0]), "--max_new_tokens=3"])
+    assert capsys.readouterr().out.startswith("the cat")
+    train.main(shlex.split(out.rpartition("python train.py ")[2].splitlines()[0]))
+    assert "step     16/16" in capsys.readouterr().out
 
 
 def test_train_without_a_config_lists_them(capsys):

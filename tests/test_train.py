@@ -295,7 +295,7 @@ def test_a_time_limit_saves_and_the_run_continues_later(cfg, tmp_path, uninterru
     short = replace(cfg, max_minutes=1e-6)
     if parallel == "ddp":
         train.train(short)
-        assert "stopped after 1e-06 minutes, after step 1: use --resume" in capsys.readouterr().out
+        assert "stopped after 1e-06 minutes, after step 1; to continue: python train.py" in capsys.readouterr().out
         train.train(replace(cfg, resume=True))
         assert_same(cfg, uninterrupted)
         return
