@@ -14,11 +14,12 @@ rig/inject.py, which arranges for it and then trains. What is demanded of them, 
 
 import argparse
 import dataclasses
+import functools
+import itertools
 import json
 import resource
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts a
 import torch
 from rig import killing, saving, surroundings  # noqa: F401 (they register the faults)
 from rig.processes import PATIENCE, need
-from rig.runs import FAULTS, Box, Found, Stage, judged, last_step, log
+from rig.runs import FAULTS, Box, Fault, Found, Stage, judged, last_step, log
 
 from base import system
 from base.errors import entry
@@ -37,24 +38,23 @@ from engine import machine
 
 # what CI does at every change: one of saves, files, kills, signals, numbers, ranks, data, settings and machine each
 QUICK = ("F01", "F05", "F06", "F11", "F13", "F18", "F22", "F26", "F29", "F31", "F33")
-MATRIX = [(d, c, r) for d in ("float32", "bfloat16") for c in (False, True) for r in (1, 2)]
+MATRIX = {
+    f"{dtype}, {'compiled' if compile else 'eager'}, {ranks} process(es)": dict(dtype=dtype, compile=compile, processes=ranks)
+    for dtype, compile, ranks in itertools.product(("float32", "bfloat16"), (False, True), (1, 2))
+}
 
 
-def cell_name(dtype: str, compile: bool, ranks: int) -> str:
-    return f"{dtype}, {'compiled' if compile else 'eager'}, {ranks} process(es)"
-
-
-def kill_and_resume(box: Box, dtype: str, compile: bool, ranks: int) -> str:
+def kill_and_resume(box: Box, dtype: str, compile: bool, processes: int) -> str:
     """SIGKILL of every process at a random moment, resumption, G2."""
     how = dict(dtype=dtype, compile=compile, max_steps=60, checkpoint_interval=5, eval_interval=20)
-    whole, out = box.whole(ranks, **how), box.folder / "run"
-    process = box.train(out, ranks, **how)
+    whole, out = box.whole(processes, **how), box.folder / "run"
+    process = box.train(out, processes, **how)
     box.reach(process, out, 1, 4 * PATIENCE)
     box.killed(process, out, box.random.randint(6, 55))
     at = last_step(out)
     on = next(r["effective"] for r in log(out) if "effective" in r)
-    need((on["compile"], on["processes"], on["deterministic"]) == (compile, ranks, True), f"what ran is {on}")
-    box.resumed(out, whole, ranks, resume="auto", **how)
+    need((on["compile"], on["processes"], on["deterministic"]) == (compile, processes, True), f"what ran is {on}")
+    box.resumed(out, whole, processes, resume="auto", **how)
     return f"killed after step {at} of 60"
 
 
@@ -81,41 +81,40 @@ def main(argv: list[str]) -> None:
     everything = not (asked.quick or asked.matrix or asked.ids)
     chosen = asked.ids or (list(QUICK) if asked.quick else [] if asked.matrix else list(FAULTS))
     chosen = sorted(chosen, key=lambda id: (id not in ("F27", "F02"), id))  # the longest first
-    cells = MATRIX if everything or asked.matrix else []
+    cells = MATRIX if everything or asked.matrix else {}
     began, stage = time.monotonic(), Stage()
     results: dict[str, Found] = {}
+
+    def do(name: str, what: Fault) -> None:
+        results[name] = judged(stage, name, what.run, asked.quick, asked.seed)
+        print(line(name, what.title, results[name]), flush=True)
+
     try:
         with ThreadPoolExecutor(asked.lanes) as pool:
-
-            def do(name: str, title: str, run: Callable[[Box], str]) -> None:
-                results[name] = judged(stage, name, run, asked.quick, asked.seed)
-                print(line(name, title, results[name]), flush=True)
-
-            for cell in cells:
-                pool.submit(do, cell_name(*cell), "SIGKILL, resumed", lambda box, cell=cell: kill_and_resume(box, *cell))
+            for name, cell in cells.items():
+                run = functools.partial(kill_and_resume, **cell)
+                pool.submit(do, name, Fault("SIGKILL, resumed", "G2", run))
             for id in chosen:
-                pool.submit(do, id, FAULTS[id].title, FAULTS[id].run)
+                pool.submit(do, id, FAULTS[id])
     finally:
         stage.close()
-    seconds, used = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
-    cell_results = {cell: results[cell_name(*cell)] for cell in cells}
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds, cpu_seconds = time.monotonic() - began, used.ru_utime + used.ru_stime
     counts = [f"{sum(results[id].passed for id in chosen)}/{len(chosen)} faults"] * bool(chosen)
-    counts += [f"{sum(f.passed for f in cell_results.values())}/{len(cells)} of the matrix"] * bool(cells)
-    print(f"{', '.join(counts)} in {seconds:.0f} s ({used.ru_utime + used.ru_stime:.0f} s of CPU time)")
+    counts += [f"{sum(results[name].passed for name in cells)}/{len(cells)} of the matrix"] * bool(cells)
+    print(f"{', '.join(counts)} in {seconds:.0f} s ({cpu_seconds:.0f} s of CPU time)")
     if everything or asked.out:
         path = asked.out or ROOT / "results" / "faults.json"
+        faults = [dict(id=id, title=FAULTS[id].title, expected=FAULTS[id].expected) for id in sorted(chosen)]
         result = {
             "kind": "faults",
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": "python tests/faults.py" + "".join(f" {a}" for a in argv if not a.startswith("--out")),
             "machine": machine.describe(torch.device("cpu")) | {"threads": 1},
             "seconds": round(seconds, 1),
-            "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),  # of all processes: what it takes where nothing else runs
-            "faults": [
-                dict(id=id, title=FAULTS[id].title, expected=FAULTS[id].expected) | rounded(results[id])
-                for id in sorted(chosen)
-            ],
-            "matrix": [dict(dtype=d, compile=c, processes=r) | rounded(f) for (d, c, r), f in cell_results.items()],
+            "cpu_seconds": round(cpu_seconds, 1),  # of all processes: what it takes where nothing else runs
+            "faults": [fault | rounded(results[fault["id"]]) for fault in faults],
+            "matrix": [cell | rounded(results[name]) for name, cell in cells.items()],
         }
         write_atomically(path, (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
         print(f"wrote {path}")

@@ -5,11 +5,7 @@ import signal
 import time
 from pathlib import Path
 
-import torch
-
-import data
 from base.files import sha256_of
-from corpus import shards
 from engine import checkpoint
 from rig.processes import need
 from rig.runs import STEPS, TINY, Box, different, digests, fault, last_step, log, loss_apart, steps_saved
@@ -98,15 +94,7 @@ def other_number_of_processes(box: Box) -> str:
         need(worst <= 1e-5, f"{before} to {after}: a loss is {worst:.1e} off")
         saved = [json.loads((o / "step_00000024" / "training.json").read_text())["sequences_seen"] for o in (whole, out)]
         need(saved[0] == saved[1], f"data cursors {saved}")
-    stream = shards.open_dataset(box.stage.data / "tiny").split("train")
-    batches = data.TrainBatches(stream, 32, 1337, "shuffled")
-
-    def tokens(step: int, ranks: int) -> list:
-        cuts = [batches.batch(step, micro, 2, 4 // ranks, rank, ranks) for micro in range(4 // ranks) for rank in range(ranks)]
-        return torch.cat([x for x, _ in cuts]).tolist()
-
-    need(all(tokens(s, 1) == tokens(s, 2) == tokens(s, 4) for s in range(300)), "1, 2 and 4 processes see different tokens")
-    return f"largest relative difference of a loss {worst:.0e}; 300 steps have the same tokens on 1, 2 and 4"
+    return f"largest relative difference of a loss {worst:.0e}"
 
 
 @fault("F15", "SIGKILL between two micro-batches of a step", "G2")

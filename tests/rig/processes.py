@@ -125,8 +125,7 @@ class Process:
         try:
             status = self.popen.wait(max(0.1, seconds))
         except subprocess.TimeoutExpired:
-            living = self.family()
-            said = self.last_words()
+            living, said = self.family(), self.last_words()
             self.kill()
             raise Failed(f"still running {seconds:.0f} s later ({len(living)} processes); last words: {said}") from None
         ended, deadline = time.monotonic(), time.monotonic() + 5

@@ -7,7 +7,6 @@ G2      the resumed run is the uninterrupted one: loss, gradient norm and learni
 """
 
 import contextlib
-import hashlib
 import itertools
 import json
 import os
@@ -22,6 +21,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from base import scripts
 from base.errors import UserError
@@ -41,17 +41,19 @@ class Found:
     """What became of a fault, the worst of all tries."""
 
     detail: str
-    passed: bool = True
-    seconds_to_detect: float | None = None  # from the fault (a bad file: from the start) until who reports it has ended
-    steps_lost: int | None = None  # done before the fault, and done again
-    seconds_to_recover: float | None = None  # from the start of the resumed run until it is where it was
-    tries: int = 1
-    seconds: float = 0.0  # that all of it took
+    passed: bool
+    seconds_to_detect: float | None  # from the fault (a bad file: from the start) until who reports it has ended
+    steps_lost: int | None  # done before the fault, and done again
+    seconds_to_recover: float | None  # from the start of the resumed run until it is where it was
+    tries: int
+    seconds: float  # that all of it took
 
 
-@dataclass
-class Fault:
-    id: str
+class Fault(NamedTuple):
+    """A function that does what `title` says, raises Failed unless `expected` holds, and returns what happened; "N/N" in that
+    becomes the number of tries.
+    """
+
     title: str
     expected: str
     run: Callable[["Box"], str]
@@ -61,14 +63,8 @@ FAULTS: dict[str, Fault] = {}
 
 
 def fault(id: str, title: str, expected: str):
-    """Registers a function as the fault `id`: it does what `title` says, raises Failed unless `expected` holds, and returns
-    what happened. "N/N" in that becomes the number of tries."""
-
-    def register(run: Callable[["Box"], str]):
-        FAULTS[id] = Fault(id, title, expected, run)
-        return run
-
-    return register
+    """Registers a function as the fault `id`."""
+    return lambda run: FAULTS.setdefault(id, Fault(title, expected, run))
 
 
 TINY = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, dropout=0.1, batch_size=4, tokens_per_step=256)
@@ -110,22 +106,13 @@ def different(out: Path, whole: Path) -> list[str]:
     return [name for name, found in digests(out).items() if found != prove.digest(whole / name)]
 
 
-def seal(folder: Path) -> None:
-    """Make a checkpoint's manifest fit its files, as a forger would."""
-    path = folder / "manifest.json"
-    values = json.loads(path.read_text())
-    files = [p for p in sorted(folder.iterdir()) if p != path]
-    values["files"] = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in files}
-    path.write_text(json.dumps(values))
-
-
 def rewrite(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
     """A function that changes the content of a file in a folder."""
     return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
 
 
 def seal_data(folder: Path) -> None:
-    """The same for a data set."""
+    """Make a data set's manifest fit its files, as a forger would."""
     path = folder / shards.MANIFEST
     values = json.loads(path.read_text())
     for entry in itertools.chain(*values["splits"].values()):
@@ -139,7 +126,7 @@ class Stage:
 
     def __init__(self):
         self.folder = Path(tempfile.mkdtemp(prefix="faults_"))
-        self.locks: dict[object, threading.Lock] = {}
+        self.made: dict[object, tuple[Path, threading.Lock]] = {}
         self.lock = threading.Lock()
         self.data = self.folder / "data"
         self.prepare(self.data)
@@ -155,15 +142,10 @@ class Stage:
         (where / "tiny.txt").write_text(change(self.text()))
         scripts.run("prepare_data.py", where / "tiny.txt", "--tokenizer=char", f"--data_dir={where}")
 
-    @property
-    def vocab_size(self) -> int:
-        return len(set(self.text()))
-
     def once(self, key: object, make: Callable[[Path], None]) -> Path:
         """A folder that `make` fills the first time it is asked for by its key."""
-        folder = self.folder / hashlib.sha256(repr(key).encode()).hexdigest()[:16]
         with self.lock:
-            lock = self.locks.setdefault(key, threading.Lock())
+            folder, lock = self.made.setdefault(key, (self.folder / f"made_{len(self.made)}", threading.Lock()))
         with lock:
             if not folder.exists():
                 make(folder)
@@ -177,15 +159,12 @@ class Box:
     """Where one fault happens: its own folder and random places, and what was measured so far."""
 
     def __init__(self, stage: Stage, name: str, quick: bool = False, seed: int = 1337):
-        self.stage, self.name, self.quick = stage, name, quick
+        self.stage, self.quick = stage, quick
         self.folder = Path(tempfile.mkdtemp(prefix=re.sub(r"\W+", "_", name), dir=stage.folder))
         self.random = random.Random(f"{seed} {name}")
         self.prefix: list[str] = []  # before the command, to take rights away
         self.numbers = itertools.count()
-        self.detect: list[float] = []
-        self.lost: list[int] = []
-        self.recover: list[float] = []
-        self.tries = 0
+        self.detect, self.lost, self.recover, self.tries = [], [], [], 0  # what Found is made of
         self.processes: list[Process] = []
 
     def some(self, cases: Iterable, at_least: int = 1) -> Iterator:
@@ -193,11 +172,6 @@ class Box:
         for case in list(cases)[: at_least if self.quick else None]:
             self.tries += 1
             yield case
-
-    def found(self, detail: str, passed: bool, seconds: float) -> Found:
-        worst = [max(values, default=None) for values in (self.detect, self.lost, self.recover)]
-        detail = detail.replace("N/N", f"{self.tries} of {self.tries}")
-        return Found(detail, passed, *worst, tries=max(self.tries, 1), seconds=seconds)
 
     def path(self, name: str = "run") -> Path:
         """A new path in the fault's folder."""
@@ -213,16 +187,12 @@ class Box:
         return where
 
     def flags(self, out: Path, **changes) -> list[str]:
-        settings = TINY | dict(vocab_size=self.stage.vocab_size, data_dir=str(self.stage.data), out_dir=str(out)) | changes
+        settings = (
+            TINY | dict(vocab_size=len(set(self.stage.text())), data_dir=str(self.stage.data), out_dir=str(out)) | changes
+        )
         return [f"--{name}={value}" for name, value in settings.items()]
 
-    def start(
-        self,
-        command: list[str],
-        ranks: int = 1,
-        env: dict[str, str | None] | None = None,
-        torchrun: Iterable[str] = (),
-    ) -> Process:
+    def start(self, command: list[str], ranks: int = 1, env: dict | None = None, torchrun: Iterable[str] = ()) -> Process:
         process = Process(self.folder, command, ranks, env or {}, list(torchrun), self.prefix)
         self.processes.append(process)
         return process
@@ -318,7 +288,7 @@ class Box:
         before = {p: prove.digest(p) for p in checkpoint.candidates(out)}
         process = self.train(out, ranks, **how)
         line = self.fails(process, *words)
-        need("| loss" not in "".join(o for o, _ in process.texts().values()), "steps were done before it was found")
+        need("| loss" not in "".join(out for out, _ in process.texts().values()), "steps were done before it was found")
         need({p: prove.digest(p) for p in checkpoint.candidates(out)} == before, "checkpoints were changed")
         return line
 
@@ -326,9 +296,6 @@ class Box:
         for process in self.processes:
             process.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-# ---- saving -----------------------------------------------------------------------------------------------------------
 
 
 def judged(stage: Stage, name: str, run: Callable[[Box], str], quick: bool = False, seed: int = 1337) -> Found:
@@ -343,8 +310,6 @@ def judged(stage: Stage, name: str, run: Callable[[Box], str], quick: bool = Fal
         detail = f"{type(e).__name__}: {e} ({Path(where.filename).name}:{where.lineno})"
     finally:
         box.close()
-    return box.found(detail, passed, time.monotonic() - began)
-
-
-def run_fault(stage: Stage, id: str, quick: bool = False, seed: int = 1337) -> Found:
-    return judged(stage, id, FAULTS[id].run, quick, seed)
+    worst = [max(values, default=None) for values in (box.detect, box.lost, box.recover)]
+    detail = detail.replace("N/N", f"{box.tries} of {box.tries}")
+    return Found(detail, passed, *worst, max(box.tries, 1), time.monotonic() - began)

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from trained import edit_manifest, seal
 
 from base.errors import UserError
 from corpus import shards
 from engine import checkpoint, restore
 from rig.processes import PATIENCE, clean, need
-from rig.runs import Box, different, digests, fault, rewrite, seal, steps_saved
+from rig.runs import Box, different, digests, fault, rewrite, steps_saved
 
 
 @fault("F01", "SIGKILL in a save, at 10 byte offsets, and in the first save", "the newest complete checkpoint loads, G2")
@@ -155,9 +156,7 @@ class Bomb(str):
         return os.mkdir, (str(self),)
 
 
-@fault(
-    "F06", "a malicious pickle as weights, moments, tokenizer, config, shard, weights of Hugging Face", "refused, nothing run"
-)
+@fault("F06", "a malicious pickle as weights, moments, tokenizer, config, shard, Hugging Face weights", "refused, nothing run")
 def malicious_pickle(box: Box) -> str:
     bomb = Bomb(str(box.folder / "ran"))
     whole = box.whole()
@@ -211,11 +210,10 @@ def wrong_tensors(box: Box) -> str:
 @fault("F08", "unknown format version of checkpoint or data", "clean failure that names it")
 def unknown_version(box: Box) -> str:
     out = box.copy_of(box.whole(), upto=4)
-    path = out / "step_00000004" / "manifest.json"
-    values = json.loads(path.read_text())
-    path.write_text(json.dumps(values | {"format": 99}))
+    folder = out / "step_00000004"
+    edit_manifest(folder, lambda values: values.update(format=99))
     box.tries += 2
-    box.fails(box.sample(path.parent), "checkpoint format 99", f"reads {checkpoint.FORMAT}")
+    box.fails(box.sample(folder), "checkpoint format 99", f"reads {checkpoint.FORMAT}")
     process = box.train(out, resume=True)
     box.fails(process, "none of its 1 checkpoint(s) is usable")
     need("checkpoint format 99" in process.wait().out, "the resumed run does not report why")
@@ -229,7 +227,7 @@ def unknown_version(box: Box) -> str:
 
 
 @fault(
-    "F09", "two writers, one out_dir: a second run, a resumption, three at once", "the second is refused, the first is whole"
+    "F09", "two writers, one out_dir: a second run, a resumption, three at once", "one runs and is whole, others are refused"
 )
 def two_writers(box: Box) -> str:
     steps = dict(max_steps=1500, checkpoint_interval=300, eval_interval=500)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import re
 import shutil
@@ -15,14 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import torch
+from trained import seal
 
-import sample
-from configurator import GPTConfig
 from corpus import shards
-from model import GPT
 from rig.processes import PATIENCE, START, Failed, clean, need
-from rig.runs import TINY, Box, digests, fault, log, loss_apart, rewrite, seal
+from rig.runs import TINY, Box, digests, fault, log, loss_apart, rewrite
 
 # ---- data -------------------------------------------------------------------------------------------------------------
 
@@ -33,7 +29,7 @@ def damaged_shard(box: Box) -> str:
         return lambda b: b[:at] + content + b[at + len(content) :]
 
     cases: dict[str, Callable[[bytes], bytes]] = {
-        "cut off in the middle": lambda b: b[: len(b) // 2 * 2 // 2],
+        "cut off in the middle": lambda b: b[: len(b) // 2],
         "one byte more": lambda b: b + b"\0",
         "one byte less": lambda b: b[:-1],
         "cut off in the header": lambda b: b[:100],
@@ -135,8 +131,8 @@ def epoch_wraps(box: Box) -> str:
     need(len(order) == steps["max_steps"] * per_step, f"{len(order)} sequences were read")
     for epoch in range(3):
         starts = sorted(order[epoch * n : (epoch + 1) * n])
-        need(len(set(starts)) == n, f"epoch {epoch + 1}: {n - len(set(starts))} sequences were read twice")
-        need(all(b - a == T for a, b in itertools.pairwise(starts)), f"epoch {epoch + 1}: targets overlap or are left out")
+        each_once = starts == list(range(starts[0], starts[0] + n * T, T))
+        need(each_once, f"epoch {epoch + 1}: tokens are read twice or left out, {n - len(set(starts))} sequences twice")
         need(starts[0] >= 0 and starts[-1] + T < len(stream), f"epoch {epoch + 1} reaches over the end")
     first = [order[e * n : (e + 1) * n] for e in range(3)]
     need(first[0] != first[1] != first[2], "every epoch has the same order")
@@ -220,7 +216,6 @@ def different_settings(box: Box) -> str:
 
 @fault("F30", "prompts that are long, empty, not in the alphabet, no UTF-8; top_k above the vocabulary; T=0", "defined")
 def odd_sampling(box: Box) -> str:
-    """And of GPT-2's vocabulary padded to 50,304 rows, never one of the last 47: of that, the model itself is asked here."""
     out = box.whole()
     (box.folder / "bad.txt").write_bytes(b"the cat \xff\xfe")
 
@@ -236,14 +231,7 @@ def odd_sampling(box: Box) -> str:
         need(greedy[0] == greedy[1], "T=0 depends on the seed")
     for flags, word in box.some([(["--prompt=Ωmega"], "'Ω'"), ([f"--prompt_file={box.folder}/bad.txt"], "UTF-8")]):
         box.fails(box.sample(out, *flags), word)
-    torch.manual_seed(0)
-    cfg = GPTConfig(n_layer=1, n_head=1, n_embd=16, block_size=16, vocab_size=50257, vocab_multiple=128)
-    model = GPT(cfg).eval()
-    need(model.lm_head.weight.size(0) == 50304, "the vocabulary is not padded: nothing would be tested")
-    drawn = list(sample.generate(model, [0], 64, num_samples=200, temperature=10.0))
-    need(int(torch.stack(drawn).max()) < 50257, "an id beyond the vocabulary was drawn")
-    box.tries += 1
-    return "prompts are cut, begun or refused by name; 12,800 draws at T=10 stay below 50,257"
+    return "prompts are cut, begun or refused by name"
 
 
 @fault("F31", "unknown setting in a file, a flag, a checkpoint", "refused with the near name")
