@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import configurator
 import data
-from base import errors
+from base import errors, settings
 from base.errors import UserError
 from base.files import write_atomically
 from configurator import GPTConfig
@@ -77,8 +77,8 @@ class EvalConfig:
     """write the result to this JSON file, in the form of those in results/"""
 
     def __post_init__(self):
-        configurator.check_types(vars(self), EvalConfig)
-        configurator.check_at_least(self, 0, "tokens", "sequence_length", "rows", "batch_size")
+        settings.check_types(vars(self), EvalConfig)
+        settings.check_at_least(self, 0, "tokens", "sequence_length", "rows", "batch_size")
         if self.rows and not self.hellaswag:
             raise UserError(f"rows={self.rows} needs --hellaswag")
 
@@ -315,8 +315,8 @@ def summary(record: dict) -> dict:
 
 
 def main(argv: list[str]) -> None:
-    places, flags = configurator.split_positional(EvalConfig(), argv)
-    cfg = configurator.parse(EvalConfig(), flags, __doc__)
+    places, flags = settings.split_positional(EvalConfig(), argv)
+    cfg = settings.parse(EvalConfig(), flags, __doc__)
     if len(places) != 1:
         raise UserError("which model? run python evaluate.py out/shakespeare (one model, then settings)")
     record = evaluate_model(places[0], cfg)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import configurator
+from base import settings
 from base.errors import UserError, entry
 
 
@@ -23,8 +23,8 @@ class ExportConfig:
 
 
 def main(argv: list[str]) -> None:
-    places, flags = configurator.split_positional(ExportConfig(), argv)
-    configurator.parse(ExportConfig(), flags, __doc__)
+    places, flags = settings.split_positional(ExportConfig(), argv)
+    settings.parse(ExportConfig(), flags, __doc__)
     if len(places) != 2:
         raise UserError("use python export.py out/shakespeare exported (a model, then a folder that does not exist yet)")
     from engine import pretrained, restore  # after --help

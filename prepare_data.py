@@ -25,7 +25,7 @@ from itertools import takewhile
 from pathlib import Path
 
 import configurator
-from base import errors, system
+from base import errors, settings, system
 from base.download import Source, cached
 from base.errors import UserError
 from base.files import read_text, write_atomically
@@ -77,9 +77,9 @@ class PrepareConfig:
     """make it again even if it already exists"""
 
     def __post_init__(self):
-        configurator.check_types(vars(self), PrepareConfig)
-        configurator.check_at_least(self, 1, "shard_tokens")
-        configurator.check_at_least(self, 0, "processes")
+        settings.check_types(vars(self), PrepareConfig)
+        settings.check_at_least(self, 1, "shard_tokens")
+        settings.check_at_least(self, 0, "processes")
         if self.val_fraction and not 0.0 < self.val_fraction < 1.0:
             raise UserError(f"val_fraction={self.val_fraction} must lie between 0 and 1")
         if self.vocab_size and self.tokenizer != "bpe":
@@ -259,8 +259,8 @@ def prepare(cfg: PrepareConfig, todo: Plan) -> dict:
 
 
 def main(argv: list[str]) -> None:
-    patterns, flags = configurator.split_positional(PrepareConfig(), argv)
-    cfg = configurator.parse(PrepareConfig(), flags, __doc__)
+    patterns, flags = settings.split_positional(PrepareConfig(), argv)
+    cfg = settings.parse(PrepareConfig(), flags, __doc__)
     if not patterns:
         names = ", ".join([*NAMED, "hellaswag"])
         raise UserError(f"which text? run python prepare_data.py {names}, hf:owner/name, or path/to/your.txt")

@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-import configurator
+from base import settings
 from base.errors import UserError, entry
 from model import GPT, KVCache
 from tokenizer import Tokenizer
@@ -67,9 +67,9 @@ class SampleConfig:
     """how many tokens the draft proposes at a time"""
 
     def __post_init__(self):
-        configurator.check_types(vars(self), SampleConfig)
-        configurator.check_at_least(self, 0, "max_new_tokens", "temperature", "top_k", "seed")
-        configurator.check_at_least(self, 1, "num_samples", "draft_tokens")
+        settings.check_types(vars(self), SampleConfig)
+        settings.check_at_least(self, 0, "max_new_tokens", "temperature", "top_k", "seed")
+        settings.check_at_least(self, 1, "num_samples", "draft_tokens")
         if not 0.0 < self.top_p <= 1.0:
             raise UserError(f"top_p={self.top_p} must lie in (0, 1]")
         if self.prompt and self.prompt_file:
@@ -264,8 +264,8 @@ def print_batch(tokens: Iterator[Tensor], tokenizer: Tokenizer, text: str, count
 
 
 def main(argv: list[str]) -> None:
-    places, flags = configurator.split_positional(SampleConfig(), argv)
-    cfg = configurator.parse(SampleConfig(), flags, __doc__)
+    places, flags = settings.split_positional(SampleConfig(), argv)
+    cfg = settings.parse(SampleConfig(), flags, __doc__)
     if not places:
         raise UserError('which model? use python sample.py out/shakespeare --prompt "ROMEO:" (one model, then settings)')
     if len(places) > 1:

@@ -28,6 +28,7 @@ import configurator
 import evaluate
 import optim
 import sample
+from base import settings
 from base.errors import UserError, entry, is_out_of_memory
 from base.files import ROOT
 from configurator import Config
@@ -451,7 +452,7 @@ def train(cfg: Config) -> None:
 def load(argv: list[str]) -> Config:
     """The settings of a run: of a config file and flags, or of a run's folder, which is then resumed. UserError if neither is
     given."""
-    places, flags = configurator.split_positional(Config(), argv)
+    places, flags = settings.split_positional(Config(), argv)
     if not argv:
         print("configs:")
         for path in sorted(p for p in (ROOT / "config").rglob("*.py") if p.name != "__init__.py"):
@@ -460,7 +461,7 @@ def load(argv: list[str]) -> Config:
     if len(places) == 1 and Path(places[0]).is_dir():
         out = Path(places[0])
         trained = restore.read_config(restore.newest(out))
-        return configurator.parse(replace(trained, resume=True, out_dir=str(out), init_from=""), flags, __doc__)
+        return settings.parse(replace(trained, resume=True, out_dir=str(out), init_from=""), flags, __doc__)
     cfg = configurator.load(argv, __doc__)
     if cfg.resume is True and not places and checkpoint.candidates(Path(cfg.out_dir)):  # --resume --out_dir=out/run
         return load([cfg.out_dir, *flags])

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-import configurator
 import model
 import optim
 import train
+from base import settings
 from base.errors import UserError
 from configurator import Config
 from engine import checkpoint, machine, parallel
@@ -393,7 +393,7 @@ def test_a_toggle_that_does_nothing_is_named_with_its_remedy(cfg, monkeypatch, n
     assert len(wrong) == 1, wrong
     remedy = re.findall(r"use (--\w+=[^\s,;)]+)", wrong[0])
     assert remedy
-    configurator.parse(cfg, remedy, "")  # a setting that exists, at a value it can have
+    settings.parse(cfg, remedy, "")  # a setting that exists, at a value it can have
     run.close()
 
     torch.compiler.reset()

@@ -14,7 +14,7 @@ import ranks
 import torch
 
 import configurator
-from base import errors
+from base import errors, settings
 from base.errors import UserError
 from configurator import Config
 from engine import machine
@@ -83,7 +83,7 @@ def test_a_setting_that_is_not_available_is_refused_with_one_that_is(cfg, monkey
         machine.resolve(replace(cfg, **change), device)
     assert str(e.value) == machine.not_available(replace(cfg, **change), device)
     flags = re.findall(r"--\w+=[^\s,;)]+", str(e.value))
-    remedied = configurator.parse(replace(cfg, **change), flags, "")
+    remedied = settings.parse(replace(cfg, **change), flags, "")
     assert machine.not_available(remedied, device) is None
 
 
