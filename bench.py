@@ -63,13 +63,21 @@ def result_path(command: str, places: list[str], asked: BenchConfig, device: tor
         name += "".join(f"_{Path(p).stem}" for p in places)
     if command == "ab" and asked.sequence_length:
         name += f"_T{asked.sequence_length}"
-    trial = ".trial" if asked.quick or asked.n_layer != BenchConfig.n_layer else ""
+    trial = ".trial" if asked.quick or asked.n_layer not in (0, 12) else ""
     return results.results_dir(asked.out, device) / f"{name}{trial}.json"
 
 
 def show(path: Path, result: dict) -> None:
+    """Write a result and print it; what Ctrl-C left of one goes to a file of its own, and a trial is no part of the report."""
+    if result.get("interrupted"):
+        path = path.with_name(f"{path.name.removesuffix('.json').removesuffix('.trial')}.partial.trial.json")
+    results.write(path, result)
     print(kinds.as_text(result))
-    print(f"wrote {path}" + ("; python -m report shows it in the README" if path.parent.parent == Path("results") else ""))
+    if result.get("interrupted"):
+        print(f"stopped by Ctrl-C: only what was finished is above, and in {path}")
+        sys.exit(130)
+    reported = path.parent.parent == Path("results") and ".trial" not in path.name
+    print(f"wrote {path}" + ("; python -m report shows it in the README" if reported else ""))
     if result.get("passed") is False:
         sys.exit(1)
 
@@ -93,7 +101,6 @@ def main(argv: list[str]) -> None:
         result = OF_FILES[command](places, asked, device)
     else:
         result = MEASURES[command](asked.by_device(device.type), device)
-    results.write(path, result)
     show(path, result)
 
 

@@ -92,14 +92,23 @@ def started(line: list[str], *, stdout: int | IO = subprocess.PIPE, stderr: int 
                 stream.close()
 
 
-def run(script: str, *arguments: object, processes: int = 1, env: dict[str, str] | None = None, check: bool = True) -> Finished:
-    """Run a script to its end, from the repository's root. UserError with its last words if it fails (unless check=False)."""
-    began = time.perf_counter()
-    with started(command(script, *arguments, processes=processes), stderr=subprocess.PIPE, env=env) as process:
+def run(
+    script: str,
+    *arguments: object,
+    processes: int = 1,
+    env: dict[str, str] | None = None,
+    check: bool = True,
+    show: bool = False,
+) -> Finished:
+    """Run a script to its end, from the repository's root. UserError with its last words if it fails (unless check=False).
+    show: what it prints goes to the terminal and is not returned.
+    """
+    began, line = time.perf_counter(), command(script, *arguments, processes=processes)
+    with started(line, stdout=None if show else subprocess.PIPE, stderr=subprocess.PIPE, env=env) as process:
         stdout, stderr = process.communicate()
     if check and process.returncode:
         raise UserError(f"{script} ended with {process.returncode}: {last_words(stderr)}")
-    return Finished(stdout, stderr, time.perf_counter() - began, process.returncode)
+    return Finished(stdout or "", stderr, time.perf_counter() - began, process.returncode)
 
 
 def read_log(run_dir: Path) -> tuple[list[dict], int]:

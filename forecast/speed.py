@@ -43,7 +43,7 @@ def traits(cfg: Config, processes: int) -> dict:
 def measured(hardware: str | None, results: Path) -> list[tuple[str, dict]]:
     """(name, entry) of everything in results/ on this hardware that has whole steps."""
     found = []
-    for path in sorted(results.glob("*/*.json")):
+    for path in sorted(p for p in results.glob("*/*.json") if ".trial" not in p.name):
         result = records.load(path)
         if result["kind"] not in ("ladder", "ablate", "shakespeare", "ab", "run") or result["machine"]["hardware"] != hardware:
             continue

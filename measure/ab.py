@@ -12,18 +12,19 @@ from base.errors import UserError
 from measure.config import BenchConfig
 from measure.fresh import in_fresh_process
 from measure.results import header
+from measure.rounds import UntilCtrlC, say
 from report import results
 from report.compare import compare as compare_results
 
 
-def ab(paths: list[str], sizes: BenchConfig, device: torch.device) -> dict:
+def ab(paths: list[str], asked: BenchConfig, device: torch.device) -> dict:
     """Two config files as they are (sizes only where given), seed by seed, in alternating order."""
     if len(paths) != 2:
         raise UserError("ab compares two config files: run python bench.py ab A.py B.py")
-    given = sizes.given()
-    pair = [(p, replace(configurator.load_file(p), **given)) for p in paths]
+    sizes = asked.by_device(device.type)  # for how often; the files say how large
+    pair = [(p, asked.of_file(configurator.load_file(p))) for p in paths]
     runs: list[list[dict]] = [[], []]
-    with tqdm(total=2 * sizes.seeds, disable=None, unit="run") as bar:
+    with UntilCtrlC() as until, tqdm(total=2 * sizes.seeds, disable=None, unit="run") as bar:
         for seed in range(sizes.seeds):
             for which in (0, 1) if seed % 2 == 0 else (1, 0):
                 path, cfg = pair[which]
@@ -32,19 +33,21 @@ def ab(paths: list[str], sizes: BenchConfig, device: torch.device) -> dict:
                 bar.update()
                 if "error" in result:
                     raise UserError(f"{path}: {result['error']}")
+                say(f"seed {cfg.seed + seed} {Path(path).stem}", result)
                 runs[which].append(result)
+    note, pairs = until.note(all(runs)), min(map(len, runs))
     sides = [
         {
             "config": path,
             "requested": side[0]["requested"],
             "effective": side[0]["effective"],
-            "step_s": [r["step_s"][r["warmup"] :] for r in side],
-            "losses": [r["losses"] for r in side],
+            "step_s": [r["step_s"][r["warmup"] :] for r in side[:pairs]],
+            "losses": [r["losses"] for r in side[:pairs]],
         }
         for (path, _), side in zip(pair, runs, strict=True)
     ]
     changes = {k: list(v) for k, v in configurator.diff(pair[0][1], pair[1][1]).items() if k != "out_dir"}
-    return header("ab", sizes) | {"sides": sides, "changes": changes}
+    return header("ab", asked) | note | {"sides": sides, "changes": changes}
 
 
 def compare(paths: list[str], asked: BenchConfig) -> None:

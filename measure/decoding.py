@@ -2,7 +2,6 @@
 without the KV cache.
 """
 
-import statistics
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -21,6 +20,7 @@ from engine import machine, restore
 from kernels import decode as kernel
 from measure.config import BenchConfig
 from measure.results import header
+from measure.rounds import UntilCtrlC
 from model import GPT
 from sample import generate
 from variants import quantize
@@ -91,22 +91,15 @@ def ways_to_decode(
     return ways
 
 
-def copier(device: torch.device) -> Callable[[], float]:
-    """A function that measures bytes per second, read and written, as the median of nine copies: memory that others use too
-    is not always as fast."""
-    big = torch.randn(2**28 if device.type == "cuda" else 2**25, device=device)
-    there = torch.empty_like(big)
-
-    def rate() -> float:
-        seconds = [machine.best_seconds(device, lambda: there.copy_(big), 1) for _ in range(9)]
-        return 2 * big.nbytes / statistics.median(seconds)
-
-    return rate
+def read_rate(size: int, device: torch.device) -> float:
+    """Bytes per second at which so many bytes are read, the best of nine times; from a cache if they fit."""
+    held = torch.ones(size // 4, device=device)
+    return held.nbytes / machine.best_seconds(device, held.sum, 9)
 
 
 def decode(paths: list[str], asked: BenchConfig, device: torch.device) -> dict:
     """Tokens/s of a model (none: GPT-2 124M with random weights) in each form, one sequence or many, interleaved; the bytes
-    that a token reads; the rate of a copy, taken before and after each measurement.
+    that a token reads; how fast as many are read, the faster of once before and once after each measurement.
     """
     if len(paths) > 1:
         raise UserError(f"{paths[1]!r} is one argument too many: run python bench.py decode [out/run]")
@@ -117,24 +110,32 @@ def decode(paths: list[str], asked: BenchConfig, device: torch.device) -> dict:
     ways = ways_to_decode(forms, prompt, count, 0 if where else sizes.n_layer)
     read = {form: quantize.bytes_per_token(model) for form, model in forms.items()}
     entries = [
-        {"name": name, "form": form, "batch": B, "bytes_per_token": read[form], "tokens_per_s": [], "copy_bytes_per_s": []}
+        {"name": name, "form": form, "batch": B, "bytes_per_token": read[form], "tokens_per_s": [], "read_bytes_per_s": []}
         for B in ((1, 64) if device.type == "cuda" else (1,))
         for name, (form, _) in ways.items()
     ]
-    copy_rate = copier(device)
-    for number in tqdm(range(1 + sizes.rounds), desc="decode", disable=None):
-        for entry in entries:
-            before, speed = copy_rate(), ways[entry["name"]][1](entry["batch"])
-            if number:  # the first round warms up
+    with UntilCtrlC() as until:
+        for number in tqdm(range(1 + sizes.rounds), desc="decode", disable=None):
+            found = []
+            for entry in entries:
+                before, speed = read_rate(entry["bytes_per_token"], device), ways[entry["name"]][1](entry["batch"])
+                found.append((speed, max(before, read_rate(entry["bytes_per_token"], device))))
+                if number:  # the first round warms up
+                    tqdm.write(f"{entry['name']:<32} {entry['batch']:>3} sequences {speed:>9,.1f} tok/s")
+            for entry, (speed, rate) in zip(entries if number else [], found, strict=False):
                 entry["tokens_per_s"].append(speed)
-                entry["copy_bytes_per_s"].append((before + copy_rate()) / 2)
-    return header("decode", sizes) | {
-        "model": where or f"GPT-2's shape with {sizes.n_layer} layers, random weights",
-        "prompt_tokens": len(prompt),
-        "new_tokens": count,
-        "ways": entries,
-        "validation": validation_losses(where, forms, sizes, device) if where else {},
-    }
+                entry["read_bytes_per_s"].append(rate)
+    return (
+        header("decode", sizes)
+        | until.note(entries[0]["tokens_per_s"])
+        | {
+            "model": where or f"GPT-2's shape with {sizes.n_layer} layers, random weights",
+            "prompt_tokens": len(prompt),
+            "new_tokens": count,
+            "ways": entries,
+            "validation": validation_losses(where, forms, sizes, device) if where and not until.interrupted else {},
+        }
+    )
 
 
 def sampling(sizes: BenchConfig, device: torch.device) -> dict:
@@ -143,12 +144,14 @@ def sampling(sizes: BenchConfig, device: torch.device) -> dict:
     model = GPT(Config(n_layer=sizes.n_layer)).to(device).eval()
     prompt, count = list(range(64)), 8 if sizes.quick else 48
     speeds: dict[str, list[float]] = {"cached": [], "uncached": []}
-    tokens: dict[str, list[int]] = {}
-    for number in tqdm(range(1 + sizes.rounds), desc="sampling", disable=None):
-        for how in speeds:
-            speed, found = timed_generate(model, prompt, 1, count, kv_cache=how == "cached")
-            tokens[how] = [token.item() for token in found]
-            if number:  # the first round warms up
+    same = True
+    with UntilCtrlC() as until:
+        for number in tqdm(range(1 + sizes.rounds), desc="sampling", disable=None):
+            found = {how: timed_generate(model, prompt, 1, count, kv_cache=how == "cached") for how in speeds}
+            cached, uncached = ([token.item() for token in tokens] for _, tokens in found.values())
+            same = same and cached == uncached
+            for how, (speed, _) in found.items() if number else ():  # the first round warms up
+                tqdm.write(f"{how:<10} {speed:>9,.1f} tok/s")
                 speeds[how].append(speed)
-    same = tokens["cached"] == tokens["uncached"]
-    return header("sampling", sizes) | {"prompt_tokens": 64, "new_tokens": count, "tokens_per_s": speeds, "same_tokens": same}
+    kept = {"prompt_tokens": 64, "new_tokens": count, "tokens_per_s": speeds, "same_tokens": same}
+    return header("sampling", sizes) | until.note(speeds["uncached"]) | kept

@@ -26,7 +26,8 @@ def in_fresh_process(cfg: Config, what: str = "measure", **job: Any) -> dict:
         task.write_text(json.dumps(order), encoding="utf-8")
         processes = cfg.processes if what in ("measure", "why") else 1
         alone = {name: value for name, value in os.environ.items() if name not in PLACE}
-        done = scripts.run("-m measure.worker", task, result, processes=processes, env=alone, check=False)
+        how = dict(processes=processes, env=alone, check=False, show=what == "verify")  # which prints its rows
+        done = scripts.run("-m measure.worker", task, result, **how)
         if result.is_file():
             return json.loads(result.read_text(encoding="utf-8"))
     # under torchrun the status is its own: how a process ended stands in its report

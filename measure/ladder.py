@@ -19,6 +19,7 @@ from engine import machine
 from measure.config import BenchConfig
 from measure.fresh import in_fresh_process
 from measure.results import header
+from measure.rounds import UntilCtrlC, say
 
 LADDER = ROOT / "config" / "ladder"  # r01_x.py; r01b_y.py is its twin, beside the chain
 
@@ -115,10 +116,15 @@ def climb(rungs: list[Rung], sizes: BenchConfig, device: torch.device) -> tuple[
 
 def top_rung(climbed: list[Rung], skipped: dict[str, str]) -> Rung:
     """The highest available rung of the chain in one process: processes on one machine may share what one would use."""
-    return next(r for r in reversed(climbed) if r.name not in skipped and not r.twin and r.cfg.processes <= 1)
+    found = next(r for r in reversed(climbed) if r.name not in skipped and not r.twin and r.cfg.processes <= 1)
+    print(f"the top rung here: {found.name}")
+    return found
 
 
 # ---- measuring ----------------------------------------------------------------------------------------------------------
+
+
+NOT_REACHED = "stopped before it was measured"
 
 
 class OutOfMemory(Exception):
@@ -127,12 +133,13 @@ class OutOfMemory(Exception):
 
 def run_rounds(
     rungs: list[Rung], skipped: dict[str, str], sizes: BenchConfig, min_timed: int, halve: bool = True
-) -> dict[str, list[dict]]:
-    """Measure every rung `rounds` times, interleaved. {name: [result, …]}; a rung that fails is added to `skipped`. Running out
-    of memory is a failure like others, or with `halve` OutOfMemory.
+) -> tuple[dict[str, list[dict]], dict]:
+    """Measure every rung `rounds` times, interleaved, and print each as it is done: ({name: [result, …]}, UntilCtrlC's note). A
+    rung that fails is added to `skipped`, and after Ctrl-C each that was not reached. Running out of memory is a failure like
+    others, or with `halve` OutOfMemory.
     """
     results: dict[str, list[dict]] = {rung.name: [] for rung in rungs}
-    with tqdm(total=sizes.rounds * (len(rungs) - len(skipped)), disable=None, unit="run") as bar:
+    with UntilCtrlC() as until, tqdm(total=sizes.rounds * (len(rungs) - len(skipped)), disable=None, unit="run") as bar:
         for number in range(sizes.rounds):
             for rung in rungs:
                 if rung.name in skipped:
@@ -143,12 +150,15 @@ def run_rounds(
                 bar.update()
                 if result.get("out_of_memory") and halve:
                     raise OutOfMemory(f"{rung.name}: {result['error']}")
+                say(rung.name, result)
                 if "error" in result:
                     skipped[rung.name] = result["error"]
                     bar.total -= sizes.rounds - number - 1
                     continue
                 results[rung.name].append(result)
-    return results
+    if until.interrupted:
+        skipped |= {name: NOT_REACHED for name, rounds in results.items() if not rounds and name not in skipped}
+    return results, until.note(any(results.values()))
 
 
 def with_smaller_batches(sizes: BenchConfig, attempt: Callable[[BenchConfig], dict]) -> dict:
@@ -163,8 +173,14 @@ def with_smaller_batches(sizes: BenchConfig, attempt: Callable[[BenchConfig], di
             print(f"{e}\nout of memory: repeating every rung with micro-batches of {sizes.batch_size}", file=sys.stderr)
 
 
-def record(kind: str, sizes: BenchConfig, rungs: list[Rung], skipped: dict[str, str], results: dict[str, list[dict]]) -> dict:
-    """Everything measured, as JSON values; UserError if that is nothing."""
+def measure(
+    kind: str, sizes: BenchConfig, rungs: list[Rung], skipped: dict[str, str], min_timed: int, halve: bool = True
+) -> dict:
+    """Measure the ceilings and every rung. All of it as JSON values; UserError if no rung could be measured."""
+    ceilings = in_fresh_process(rungs[0].cfg, "ceilings")  # first: after Ctrl-C nothing is started any more
+    if "error" in ceilings:
+        raise UserError(ceilings["error"])
+    results, note = run_rounds(rungs, skipped, sizes, min_timed, halve)
     if all(rung.name in skipped for rung in rungs):
         raise UserError(f"nothing could be measured: {next(iter(skipped.values()))}")
     entries = []
@@ -182,7 +198,7 @@ def record(kind: str, sizes: BenchConfig, rungs: list[Rung], skipped: dict[str, 
             | {"warmup_s": [r["step_s"][: r["warmup"]] for r in rounds]}
             | {"step_s": [r["step_s"][r["warmup"] :] for r in rounds]}
         )
-    return header(kind, sizes) | {"ceilings": in_fresh_process(rungs[0].cfg, "ceilings"), "rungs": entries}
+    return header(kind, sizes) | note | {"ceilings": ceilings, "rungs": entries}
 
 
 # ---- the commands -------------------------------------------------------------------------------------------------------
@@ -193,7 +209,8 @@ def ladder(sizes: BenchConfig, device: torch.device) -> dict:
 
     def attempt(sizes: BenchConfig) -> dict:
         rungs, skipped = climb(load_ladder(), sizes, device)
-        return record("ladder", sizes, rungs, skipped, run_rounds(rungs, skipped, sizes, min_timed=2))
+        top_rung(rungs, skipped)  # names it
+        return measure("ladder", sizes, rungs, skipped, min_timed=2)
 
     return with_smaller_batches(sizes, attempt)
 
@@ -217,8 +234,7 @@ def ablate(sizes: BenchConfig, device: torch.device) -> dict:
     """The top rung, and it with one setting put back at a time."""
 
     def attempt(sizes: BenchConfig) -> dict:
-        rungs, failed = ablated(*climb(load_ladder(), sizes, device)), {}
-        return record("ablate", sizes, rungs, failed, run_rounds(rungs, failed, sizes, min_timed=3))
+        return measure("ablate", sizes, ablated(*climb(load_ladder(), sizes, device)), {}, min_timed=3)
 
     return with_smaller_batches(sizes, attempt)
 
@@ -249,5 +265,4 @@ def candidates(sizes: BenchConfig, device: torch.device) -> dict:
             rungs.append(rung)
             if reason := unavailable(cfg, device) or pointless(cfg, device):
                 skipped[rung.name] = reason
-    results = run_rounds(rungs, skipped, sizes, min_timed=3, halve=False)
-    return record("candidates", sizes, rungs, skipped, results)
+    return measure("candidates", sizes, rungs, skipped, min_timed=3, halve=False)

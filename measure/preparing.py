@@ -28,6 +28,7 @@ import prepare_data
 from base import scripts, system
 from base.files import ROOT
 from corpus import bpe, sources
+from measure.rounds import UntilCtrlC
 from tokenizer import GPT2Tokenizer, blocks
 
 # What a BPE is learnt from, in bytes from the text's start, and how many merges: a large one and a small one.
@@ -106,8 +107,8 @@ def time_raw(path: Path, call: str, cores: int) -> dict:
     return {"s": seconds, "cpu_s": sum(a["cpu_s"] for a in answers), "tokens": sum(a["tokens"] for a in answers)}
 
 
-def time_whole(path: Path, processes: int) -> dict:
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # beside the text: on a disk, as data sets are
+def time_whole(path: Path, processes: int, scratch: Path) -> dict:
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
         return json.loads(start("whole", str(path), folder, processes).communicate()[0].splitlines()[-1])
 
 
@@ -125,8 +126,9 @@ def learn(path: str, of: int, merges: int) -> None:
     print(json.dumps(found))
 
 
-def measure(path: Path, processes: int = 0, rounds: int = 5) -> dict:
-    """What a result of kind "data" holds, for a UTF-8 text, GPT-2's tokenizer and so many processes (0: one for each core)."""
+def measure(path: Path, scratch: Path, processes: int = 0, rounds: int = 5, learnt: tuple = LEARNT) -> dict:
+    """What a result of kind "data" holds, for a UTF-8 text, GPT-2's tokenizer and so many processes (0: one for each core).
+    scratch: a folder on a disk, as data sets are."""
     cores, path = processes or system.cores(), path.resolve()  # a bare name could be a named data set's
     GPT2Tokenizer().encode("warm")  # fetches its files if need be
     text = path.read_bytes()
@@ -135,20 +137,26 @@ def measure(path: Path, processes: int = 0, rounds: int = 5) -> dict:
         "processes": cores,
         "tiktoken": tiktoken.__version__,
         "rounds": [],
+        "learnt": [],
     }
-    for number in range(rounds):
-        jobs = {call: lambda call=call: time_raw(path, call, cores) for call in CALLS}
-        jobs["whole"] = lambda: time_whole(path, cores)
-        names = list(jobs) if number % 2 == 0 else list(reversed(jobs))  # who comes first must not matter
-        result["rounds"].append({name: jobs[name]() for name in names})
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
         quarter = Path(folder) / "quarter.txt"
         quarter.write_text(text[: len(text) // 4].decode("utf-8", errors="ignore"), encoding="utf-8", newline="")
-        result["quarter"] = time_whole(quarter, cores)  # its memory should be that of the whole
-    result["learnt"] = [
-        [json.loads(start("learn", str(path), *job).communicate()[0]) for _ in range(min(rounds, 3))] for job in LEARNT
-    ]
-    return result
+        result["quarter"] = time_whole(quarter, cores, scratch)  # its memory should be that of the whole
+    with UntilCtrlC() as until:
+        for number in range(rounds):
+            jobs = {call: lambda call=call: time_raw(path, call, cores) for call in CALLS}
+            jobs["whole"] = lambda: time_whole(path, cores, scratch)
+            names = list(jobs) if number % 2 == 0 else list(reversed(jobs))  # who comes first must not matter
+            timed = {name: jobs[name]() for name in names}
+            for name, found in timed.items():
+                print(f"{name:<32} {found['tokens'] / found['s']:>12,.0f} tok/s")
+            result["rounds"].append(timed)
+        for job in learnt:
+            found = [json.loads(start("learn", str(path), *job).communicate()[0]) for _ in range(min(rounds, 3))]
+            print(f"{found[0]['merges']:,} merges from {job[0]:,} bytes: {found[0]['s']:,.1f} s")
+            result["learnt"].append(found)
+    return result | until.note(result["rounds"])
 
 
 def ratios(result: dict) -> list[dict]:

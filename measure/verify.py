@@ -32,6 +32,7 @@ from measure.config import BenchConfig
 from measure.fresh import in_fresh_process
 from measure.ladder import load_ladder, unavailable
 from measure.results import header
+from measure.rounds import UntilCtrlC
 from model import GPT, KVCache
 
 # Correct, but no rungs: a second way to compile, and the precision of GPUs without bfloat16.
@@ -360,8 +361,13 @@ def row(check: str, against: str, limit: float, outcome: Callable[[], Outcome]) 
     return {"check": check, "against": against, "tolerance": limit, "errors": finite, "status": status}
 
 
-def verify(data_dir: str, device: torch.device, small: bool) -> dict:
-    """{"rows": [{check, against, tolerance, errors: {kind: number, or None if not finite}, status}], "passed": bool}.
+def verdict(rows: list[dict]) -> dict:
+    return {"rows": rows, "passed": not any(r["status"].startswith("FAILED") for r in rows)}
+
+
+def verify(data_dir: str, device: torch.device, small: bool, keep: Path) -> dict:
+    """{"rows": [{check, against, tolerance, errors: {kind: number, or None if not finite}, status}], "passed": bool}. Each row
+    is printed, and added to the file `keep`, as soon as it is done.
 
     status is "passed", "skipped: why this machine cannot" or "FAILED: what". Best called in a process of its own: it leaves
     reuse_memory on. UserError if there is no data set.
@@ -396,16 +402,26 @@ def verify(data_dir: str, device: torch.device, small: bool) -> dict:
         for check in bar:
             bar.set_description(check[0])
             rows.append(row(*check))
-    return {"rows": rows, "passed": not any(r["status"].startswith("FAILED") for r in rows)}
+            tqdm.write(f"{rows[-1]['check']:<48} {rows[-1]['status'].partition(':')[0]}")
+            with keep.open("a", encoding="utf-8") as f:
+                f.write(json.dumps(rows[-1]) + "\n")
+    return verdict(rows)
 
 
 def command(sizes: BenchConfig, device: torch.device) -> dict:
     """python bench.py verify: every setting against float64; of a small model with --quick."""
     cfg = Config(device=device.type, data_dir=sizes.data_dir)
-    result = in_fresh_process(cfg, "verify", small=sizes.quick)
+    result: dict = {}
+    with tempfile.TemporaryDirectory() as folder:
+        keep = Path(folder, "rows.jsonl")
+        with UntilCtrlC() as until:
+            result = in_fresh_process(cfg, "verify", small=sizes.quick, keep=str(keep))
+        if until.interrupted:  # the worker has ended as well: what it left
+            lines = keep.read_text(encoding="utf-8").splitlines() if keep.is_file() else []
+            result = verdict([json.loads(line) for line in lines])
     if "error" in result:
         raise UserError(result["error"])
-    return header("verify", sizes) | result
+    return header("verify", sizes) | until.note(result["rows"]) | result
 
 
 if __name__ == "__main__":

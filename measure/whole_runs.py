@@ -23,9 +23,10 @@ from configurator import Config
 from corpus.shards import open_dataset
 from corpus.sources import NAMED
 from measure import preparing
-from measure.config import BenchConfig
+from measure.config import QUICK_LAYERS, BenchConfig
 from measure.fresh import in_fresh_process
-from measure.results import header
+from measure.results import header, results_dir
+from measure.rounds import UntilCtrlC, say
 from model import GPT
 from safety import prove
 
@@ -36,11 +37,26 @@ SHAKESPEARE = "config/shakespeare.py"
 
 
 @contextmanager
-def folder_in_out() -> Iterator[Path]:
-    """A temporary folder in out/: on the disk that runs are saved to."""
-    (ROOT / "out").mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=ROOT / "out") as folder:
+def scratch(sizes: BenchConfig, device: torch.device) -> Iterator[Path]:
+    """A temporary folder for runs, beside the results: on a disk, as runs are."""
+    runs = results_dir(sizes.out, device).resolve() / "runs"
+    runs.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=runs) as folder:
         yield Path(folder)
+
+
+def quick_flags(sizes: BenchConfig, path: str, steps: int = 4) -> list[str]:
+    """With --quick: what makes a script train a small model like the config's, for a few steps."""
+    if not sizes.quick:
+        return []
+    cfg = configurator.load_file(path)
+    small = sizes.narrow(replace(cfg, n_layer=min(cfg.n_layer, QUICK_LAYERS)))
+    found = {name: getattr(small, name) for name in ("n_layer", "n_head", "n_embd")} | {
+        "max_steps": steps,
+        "eval_tokens": cfg.T,
+    }
+    found |= {"warmup_steps": min(cfg.warmup_steps, steps - 1)}
+    return [f"--{name}={value}" for name, value in found.items()]
 
 
 def place_flags(sizes: BenchConfig) -> list[str]:
@@ -69,9 +85,9 @@ def steps_of(records: list[dict]) -> list[dict]:
 
 def shakespeare(sizes: BenchConfig, device: torch.device) -> dict:
     """The main job as `make train` runs it, from an empty compiler cache; installing and downloading come before it."""
-    with tempfile.TemporaryDirectory() as folder:
-        out, env = Path(folder, "shakespeare"), os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}
-        flags = [*place_flags(sizes), f"--out_dir={out}", *(["--max_steps=4"] if sizes.quick else [])]
+    with scratch(sizes, device) as folder:
+        out, env = folder / "shakespeare", os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}
+        flags = [*place_flags(sizes), f"--out_dir={out}", *quick_flags(sizes, str(ROOT / SHAKESPEARE))]
         train = scripts.run("-m torch.distributed.run", ROOT / "train.py", SHAKESPEARE, *flags, env=env)
         sample = scripts.run("sample.py", out, "--prompt=ROMEO:", f"--device={sizes.device}", env=env)
         records, _ = scripts.read_log(out)
@@ -92,9 +108,9 @@ def whole_run(paths: list[str], asked: BenchConfig, device: torch.device) -> dic
     sizes = asked.by_device(device.type)
     if len(paths) != 1:
         raise UserError("run takes one config file: run python bench.py run config/enwik8.py")
-    with folder_in_out() as folder:
+    with scratch(sizes, device) as folder:
         out, places, began = folder / "run", place_flags(sizes), time.perf_counter()
-        records = train_log(out, sizes, str(Path(paths[0]).resolve()), *(["--max_steps=4"] if sizes.quick else []))
+        records = train_log(out, sizes, str(Path(paths[0]).resolve()), *quick_flags(sizes, paths[0]))
         seconds = {"train": time.perf_counter() - began}
         evaluate = scripts.run("evaluate.py", out, *places, f"--out={folder}/evaluation.json")
         sample = scripts.run("sample.py", out, "--max_new_tokens=150", "--temperature=0.8", places[1])
@@ -128,27 +144,36 @@ def residual_stream(cfg: Config) -> list[float]:
     return found
 
 
+def stage_entry(path: Path, records: list[dict]) -> dict:
+    """What one stage's run came to, from its log."""
+    on = next(r["effective"] for r in records if "effective" in r)
+    return {
+        "config": str(path.relative_to(ROOT)),
+        "title": configurator.title_of(path),
+        "parameters": on["parameters"],
+        "dtype": on["dtype"],
+        "seconds": sum(r["ms"] for r in records if "ms" in r) / 1e3,
+        "losses": [r["loss"] for r in steps_of(records)],
+        "val_loss": [r["val_loss"] for r in records if "val_loss" in r][-1],
+    }
+
+
 def stages(sizes: BenchConfig, device: torch.device) -> dict:
     """Run each training stage's config as a user would, and measure the residual stream of the last one."""
     entries, paths = [], sorted(ROOT.glob("config/stages/s[2-9]_*.py"))
-    for path in tqdm(paths, desc="stages", disable=None):
-        with tempfile.TemporaryDirectory() as folder:
-            records = train_log(Path(folder, "run"), sizes, str(path))
-        on = next(r["effective"] for r in records if "effective" in r)
-        entries.append(
-            {
-                "config": str(path.relative_to(ROOT)),
-                "title": configurator.title_of(path),
-                "parameters": on["parameters"],
-                "dtype": on["dtype"],
-                "seconds": sum(r["ms"] for r in records if "ms" in r) / 1e3,
-                "losses": [r["loss"] for r in steps_of(records)],
-                "val_loss": [r["val_loss"] for r in records if "val_loss" in r][-1],
-            }
-        )
-    last = replace(configurator.load_file(str(paths[-1])), data_dir=sizes.data_dir)
+    last = sizes.narrow(replace(configurator.load_file(str(paths[-1])), data_dir=sizes.data_dir))
     streams = {"scaled": residual_stream(last), "unscaled": residual_stream(replace(last, scale_residual_init=False))}
-    return header("stages", sizes) | {"ln_vocab_size": math.log(50257), "stages": entries, "residual_std": streams}
+    with UntilCtrlC() as until:
+        for path in tqdm(paths, desc="stages", disable=None):
+            with scratch(sizes, device) as folder:
+                entry = stage_entry(path, train_log(folder / "run", sizes, str(path), *quick_flags(sizes, str(path))))
+            tqdm.write(f"{path.stem:<24} {entry['seconds']:>8,.1f} s   loss {entry['losses'][-1]:.4f}")
+            entries.append(entry)
+    return (
+        header("stages", sizes)
+        | until.note(entries)
+        | {"ln_vocab_size": math.log(50257), "stages": entries, "residual_std": streams}
+    )
 
 
 # ---- starting ---------------------------------------------------------------------------------------------------------------
@@ -169,17 +194,19 @@ def seconds_to_first_step(flags: list[str], env: dict[str, str]) -> float:
 def start(sizes: BenchConfig, device: torch.device) -> dict:
     """Seconds from starting train.py until its first step is done: with an empty compiler cache, and with what that left."""
     seconds: dict[str, dict[str, list[float]]] = {}
-    for _ in tqdm(range(sizes.rounds), desc="start", disable=None):
-        for scope in ("block", "model"):
-            kept = seconds.setdefault(scope, {"first": [], "second": []})
-            with tempfile.TemporaryDirectory() as folder:
-                flags = [*place_flags(sizes), f"--out_dir={folder}/run", "--max_steps=2", "--eval_tokens=64"]
-                flags += [f"--compile_scope={scope}", "--compile=True"]
+    with UntilCtrlC() as until:
+        for scope in ("block", "model") * sizes.rounds:
+            with scratch(sizes, device) as folder:
+                few = quick_flags(sizes, str(ROOT / SHAKESPEARE), steps=2) or ["--max_steps=2", "--eval_tokens=64"]
+                flags = [*place_flags(sizes), *few, f"--out_dir={folder}/run", f"--compile_scope={scope}", "--compile=True"]
                 env = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"}
-                env |= {"PYTHONUNBUFFERED": "1", "XDG_CACHE_HOME": folder}
-                for which in kept:
-                    kept[which].append(seconds_to_first_step(flags, env))
-    return header("start", sizes) | {"config": SHAKESPEARE, "seconds": seconds}
+                env |= {"PYTHONUNBUFFERED": "1", "XDG_CACHE_HOME": str(folder)}
+                first, second = (seconds_to_first_step(flags, env) for _ in range(2))
+            print(f"compile_scope={scope:<8} {first:>6.1f} s, with what that compiled {second:>6.1f} s")
+            kept = seconds.setdefault(scope, {"first": [], "second": []})
+            kept["first"].append(first)
+            kept["second"].append(second)
+    return header("start", sizes) | until.note(seconds) | {"config": SHAKESPEARE, "seconds": seconds}
 
 
 # ---- safety -----------------------------------------------------------------------------------------------------------------
@@ -197,7 +224,8 @@ def saves_in(records: list[dict]) -> dict:
 
 
 def shakespeare_config(sizes: BenchConfig) -> Config:
-    return replace(configurator.load_file(str(ROOT / SHAKESPEARE)), device=sizes.device, data_dir=sizes.data_dir)
+    cfg = replace(configurator.load_file(str(ROOT / SHAKESPEARE)), device=sizes.device, data_dir=sizes.data_dir)
+    return sizes.narrow(replace(cfg, n_layer=min(cfg.n_layer, QUICK_LAYERS))) if sizes.quick else cfg
 
 
 def safety(sizes: BenchConfig, device: torch.device) -> dict:
@@ -205,26 +233,39 @@ def safety(sizes: BenchConfig, device: torch.device) -> dict:
     cfg = shakespeare_config(sizes)
     kernels: dict[str, list[list[float]]] = {"deterministic": [], "any": []}
     saving: dict[str, list[dict]] = {"background": [], "foreground": []}
-    few, steps = (1, 12) if sizes.quick else (sizes.rounds, 48)
-    for _ in tqdm(range(few), desc="safety", disable=None):
-        for name, rounds in kernels.items():
-            found = in_fresh_process(replace(cfg, deterministic=name == "deterministic"), steps=steps, min_timed=steps // 2)
-            if "error" in found:
-                raise UserError(found["error"])
-            rounds.append(found["step_s"][found["warmup"] :])
-        for name, runs in saving.items():
-            with folder_in_out() as folder:
-                flags = [f"--max_steps={steps}", f"--checkpoint_interval={steps // 3}", "--keep_best=False"]
-                flags += [f"--background_save={name == 'background'}", f"--eval_tokens={cfg.T}"]
-                runs.append(saves_in(train_log(folder / "run", sizes, SHAKESPEARE, *flags)))
-    return header("safety", sizes) | {"kernels_s": kernels, "saving": saving, "requested": asdict(cfg)}
+    steps = 12 if sizes.quick else 48
+    few = quick_flags(sizes, str(ROOT / SHAKESPEARE), steps) or [f"--max_steps={steps}", f"--eval_tokens={cfg.T}"]
+    few += [f"--checkpoint_interval={steps // 3}", "--keep_best=False"]
+    with UntilCtrlC() as until:
+        for _ in range(sizes.rounds):
+            timed, saved = {}, {}
+            for name in kernels:
+                found = in_fresh_process(replace(cfg, deterministic=name == "deterministic"), steps=steps, min_timed=steps // 2)
+                say(f"kernels: {name}", found)
+                if "error" in found:
+                    raise UserError(found["error"])
+                timed[name] = found["step_s"][found["warmup"] :]
+            for name in saving:
+                with scratch(sizes, device) as folder:
+                    flags = [*few, f"--background_save={name == 'background'}"]
+                    saved[name] = saves_in(train_log(folder / "run", sizes, SHAKESPEARE, *flags))
+                print(f"saving in the {name}: pauses of {', '.join(f'{ms:,.0f}' for ms in saved[name]['pause_ms'])} ms")
+            for kept, new in ((kernels, timed), (saving, saved)):  # whole rounds only
+                for name, one in new.items():
+                    kept[name].append(one)
+    return (
+        header("safety", sizes)
+        | until.note(saving["foreground"])
+        | {"kernels_s": kernels, "saving": saving, "requested": asdict(cfg)}
+    )
 
 
 def kills(sizes: BenchConfig, device: torch.device) -> dict:
     """The run of config/shakespeare.py, killed again and again, ends in the same bits as the undisturbed one."""
     cfg = shakespeare_config(sizes)
-    cfg = replace(cfg, checkpoint_interval=20, max_steps=60 if sizes.quick else cfg.max_steps)
-    with folder_in_out() as folder:
+    few = dict(max_steps=120, checkpoint_interval=40, compile=False) if sizes.quick else dict(checkpoint_interval=20)
+    cfg = replace(cfg, **few)
+    with scratch(sizes, device) as folder:
         there = dict(out_dir=str(folder), data_dir=str(Path(sizes.data_dir).resolve()))
         found = prove.prove_kills(replace(cfg, **there), kills=2 if sizes.quick else 20)
     paths = {"data_dir": sizes.data_dir, "out_dir": Path(found["requested"]["out_dir"]).name}
@@ -234,4 +275,6 @@ def kills(sizes: BenchConfig, device: torch.device) -> dict:
 def data(sizes: BenchConfig, device: torch.device) -> dict:
     """How fast prepare_data.py is, on enwik8, or with --quick on tiny Shakespeare."""
     path = prepare_data.local_copy(NAMED["shakespeare" if sizes.quick else "enwik8"][1], sizes.data_dir)
-    return header("data", sizes) | preparing.measure(path, rounds=sizes.rounds)
+    with scratch(sizes, device) as folder:
+        found = preparing.measure(path, folder, rounds=sizes.rounds, learnt=preparing.LEARNT[1 if sizes.quick else 0 :])
+    return header("data", sizes) | found

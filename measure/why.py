@@ -3,7 +3,8 @@
 One step of train.train_step is profiled and written as a Chrome trace (open it in https://ui.perfetto.dev); the table is
 computed from that file alone. Every moment of the step belongs to exactly one part: on a CPU to the innermost operation that
 the training thread is in, on a GPU to the kernel that runs. The floor of a part is the roofline's (Williams et al. 2009):
-its operations over the matmul rate measured on this machine, or its bytes over the measured copy rate, whichever is longer.
+its operations over the matmul rate measured on this machine, or the bytes that it must read and write over the measured rate
+of reading, of a cache where they fit into one, whichever is longer.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ from engine.run import Run, build
 from measure.config import BenchConfig
 from measure.fresh import in_fresh_process
 from measure.ladder import climb, load_ladder, top_rung, unavailable
-from measure.results import header
+from measure.results import header, results_dir
 from model import ATTENTION as ATTENTION_FORMS
 from model import GPT
 from report.results import gemm_rate
@@ -217,12 +218,21 @@ class Floor:
     seconds: float = 0.0
 
 
+def bytes_per_s(working_set: float, ceilings: dict) -> float:
+    """The fastest that memory of this size was read here; no slower than a copy, which old results have alone. Between two
+    measured sizes the smaller one counts, which is the faster: a floor must not be too high.
+    """
+    rates = ceilings.get("read_bytes_per_s", [])
+    fits = max((size for size, _ in rates if size <= working_set), default=0)
+    return max([rate for size, rate in rates if size >= fits] + [ceilings["copy_bytes_per_s"]])
+
+
 def floors(cfg: Config, ceilings: dict, processes: int = 1) -> dict[str, Floor]:
     """The floor of each part for one step of one of `processes` equal processes.
 
-    Bytes assume that every operation between two matmuls is fused with its neighbours, and that nothing stays in a cache in
-    between: a small model, whose activations fit into the cache, can beat its floor. So can any part if the machine was busier
-    while its ceilings were measured.
+    Bytes assume that every operation between two matmuls is fused with its neighbours. What one operation hands to the next
+    may still lie in a cache, if it fits into one: those bytes count at the rate of memory of that size. A part can beat its
+    floor only if the machine was busier while its ceilings were measured.
     """
     micro_batch, accumulation = cfg.split_step(processes)
     L, C, T = cfg.n_layer, cfg.n_embd, cfg.T
@@ -232,14 +242,16 @@ def floors(cfg: Config, ceilings: dict, processes: int = 1) -> dict[str, Floor]:
     sharing = processes if cfg.device == "cpu" else 1  # of the cores and the memory; each process has a GPU of its own
     # where the rate in this precision was not measured, as in float32
     rate = gemm_rate(cfg.dtype, cfg.fp32_precision, ceilings) or ceilings["gemm_float32_flops"]
-    rate, copy = rate / sharing, ceilings["copy_bytes_per_s"] / sharing
+    rate /= sharing
     with torch.device("meta"):
         P = sum(p.numel() for p in GPT(cfg).parameters())  # with the padding rows: they are updated as well
     matrices = [(C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)] * L + [(C, cfg.padded_vocab_size)]
     weights = sum(i * o for i, o in matrices)
 
-    def floor(flops: float = 0.0, bytes_: float = 0.0) -> Floor:
-        return Floor(flops, bytes_, max(flops / rate, bytes_ / copy))
+    def floor(flops: float, *moved: tuple[float, float]) -> Floor:
+        """moved: (bytes, size of the memory in which they lie), …"""
+        seconds = sharing * sum(count / bytes_per_s(size, ceilings) for count, size in moved)
+        return Floor(flops, sum(count for count, _ in moved), max(flops / rate, seconds))
 
     attention_flops = 12 * L * C * T * N  # as flops_per_token counts: q kᵀ and weights·v, forward once and backward twice
     # Between two matmuls, per token and channel of a layer. Add a branch to the stream and normalise: read 4 + e, write
@@ -250,22 +262,30 @@ def floors(cfg: Config, ceilings: dict, processes: int = 1) -> dict[str, Floor]:
     ends = (8 + 2 * e) + (12 + 2 * e) + (4 + 4) + (4 + 8)
     # That gradient is dense: filled with zeros, then, if the matrix is the head's as well, added to its (read two, write one).
     dense = 4 * (4 if cfg.tie_weights else 1) * cfg.padded_vocab_size * C * accumulation
-    casts = 2 * (4 + e) * weights * accumulation if e == 2 else 0  # the weights down to 16 bits, their gradients up again
+    # The weights down to 16 bits, their gradients up again. The 16 bits of a matrix go from one operation to the next.
+    casts = weights * accumulation if e == 2 else 0
+    vocabulary, largest = cfg.padded_vocab_size * C, max(i * o for i, o in matrices)
     return dict.fromkeys(PARTS, Floor()) | {
         # Forward, gradient of the input, gradient of the weight: each reads two of the three matrices and writes the third.
         GEMM: floor(
             N * cfg.flops_per_token(T) - attention_flops,
-            accumulation * 3 * e * sum(n * i + i * o + n * o for i, o in matrices),
+            (accumulation * 3 * e * sum(n * i + i * o + n * o for i, o in matrices), e * n * C),
         ),
         # The mask leaves T (T + 1) / 2 of the T² scores. Read q, k, v, write o; backward read those and do, write dq, dk, dv.
-        ATTENTION: floor(attention_flops * (T + 1) / (2 * T), 12 * e * L * C * N),
-        CROSS_ENTROPY: floor(0, 2 * e * N * cfg.vocab_size),  # read each logit once, write its gradient over it
-        ELEMENTWISE: floor(0, N * C * (L * layer + ends) + dense + casts),
+        ATTENTION: floor(attention_flops * (T + 1) / (2 * T), (12 * e * L * C * N, e * n * C)),
+        CROSS_ENTROPY: floor(0, (2 * e * N * cfg.vocab_size, e * n * cfg.vocab_size)),  # read each, write its gradient
+        ELEMENTWISE: floor(
+            0,
+            (N * C * (L * layer + ends), e * n * C),
+            (dense, 4 * vocabulary),
+            (2 * 4 * casts, 4 * weights),
+            (2 * e * casts, e * largest),
+        ),
         # AdamW in float32: read p, g, m, v, write p, m, v (28); the gradients' norm reads g (4); each further micro-batch
         # adds its gradients to the sum: read both, write one (12).
-        OPTIMIZER: floor(0, P * (28 + 4 + 12 * (accumulation - 1))),
+        OPTIMIZER: floor(0, (P * (28 + 4 + 12 * (accumulation - 1)), 16 * P)),
         # A ring all-reduce sends and receives 2 (k - 1) / k of the gradients; no link is faster than memory.
-        COMMUNICATION: floor(0, 2 * (processes - 1) / processes * 4 * P),
+        COMMUNICATION: floor(0, (2 * (processes - 1) / processes * 4 * P, 4 * P)),
     }
 
 
@@ -465,11 +485,11 @@ def command(paths: list[str], asked: BenchConfig, device: torch.device) -> dict:
         raise UserError(f"{paths[1]!r} is one argument too many: run python bench.py why [config.py]")
     sizes = asked.by_device(device.type)
     if paths:
-        name, cfg = paths[0], replace(configurator.load_file(paths[0]), **asked.given())
+        name, cfg = paths[0], asked.of_file(configurator.load_file(paths[0]))
     else:
         top = top_rung(*climb(load_ladder(), sizes, device))
         name, cfg = top.name, top.cfg
-    trace = Path("out", f"why_{Path(name).stem}.trace.json")  # relative: where it lies on this machine does not matter
+    trace = results_dir(asked.out, device) / "traces" / f"why_{Path(name).stem}.json"
     rates = in_fresh_process(cfg, "ceilings")
     result = in_fresh_process(cfg, "why", ceilings=rates, trace=str(trace))
     if error := rates.get("error") or result.get("error"):

@@ -19,9 +19,9 @@ def documents(root: Path) -> list[Path]:
 
 
 def result_files(root: Path) -> list[Path]:
-    """results/<hardware>/<kind>.json, of the kinds that are known. ValueError if one is damaged."""
+    """results/<hardware>/<kind>.json, of the kinds that are known, without trials. ValueError if one is damaged."""
     found = []
-    for path in sorted((root / "results").glob("*/*.json")):
+    for path in sorted(p for p in (root / "results").glob("*/*.json") if ".trial" not in p.name):
         try:
             result = results.load(path)
             if result.get("kind") in kinds.KINDS:

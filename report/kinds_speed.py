@@ -172,9 +172,9 @@ def decode_table(result: dict) -> list[Block]:
     """Tokens per second in each form, beside what reading the weights once for each token allows."""
     rows = []
     for way in result["ways"]:
-        speeds, B, copies = way["tokens_per_s"], way["batch"], way["copy_bytes_per_s"]
+        speeds, B, rates = way["tokens_per_s"], way["batch"], way.get("read_bytes_per_s") or way["copy_bytes_per_s"]
         # the weights are read once for all sequences of a batch
-        shares = [speed / B * way["bytes_per_token"] / copy for speed, copy in zip(speeds, copies, strict=True)]
+        shares = [speed / B * way["bytes_per_token"] / rate for speed, rate in zip(speeds, rates, strict=True)]
         loss = result["validation"].get(way["form"])
         rows.append(
             [
@@ -186,15 +186,19 @@ def decode_table(result: dict) -> list[Block]:
                 *([f"{loss['loss']:.4f}", f"{loss['perplexity']:,.2f}"] if loss else []),
             ]
         )
-    rates = [rate for way in result["ways"] for rate in way["copy_bytes_per_s"]]
+    copies = [rate for way in result["ways"] for rate in way.get("copy_bytes_per_s", [])]  # in older results
+    rate = (
+        f"the rate of a copy measured before and after ({statistics.median(copies) / 1e9:.1f} GB/s, read and written)"
+        if copies
+        else "the rate of reading as many bytes, measured before and after"
+    )
     rounds = len(result["ways"][0]["tokens_per_s"])
     head = ["decoding", "sequences", "tok/s [min, max]", "MB read per token", "of the floor"]
     head += ["validation loss", "perplexity"] if result["validation"] else []
     return [
         Table(head, rows),
         f"{result['model']}; {result['new_tokens']} tokens after {result['prompt_tokens']}, {rounds} interleaved rounds. "
-        f"Floor: the weights, read once per token at the rate of a copy measured before and after "
-        f"({statistics.median(rates) / 1e9:.1f} GB/s, read and written). {machine_line(result)}.{too_few(rounds, 'round')}",
+        f"Floor: the weights, read once per token at {rate}. {machine_line(result)}.{too_few(rounds, 'round')}",
     ]
 
 
@@ -283,9 +287,11 @@ def why_table(result: dict) -> list[Block]:
         ]
         for s in [*result["shares"], whole]
     ]
+    reads = "read_bytes_per_s" in result.get("ceilings", {})  # older results have the rate of a copy alone
+    memory = "the measured rate of reading, of a cache where they fit" if reads else "the measured copy rate"
     return [
         Table(["part", "ms", "share", "floor ms", "× floor", "GFLOP", "MB"], rows),
-        "Floor: operations over the matmul rate measured here, or bytes over the measured copy rate, whichever takes longer. "
+        f"Floor: operations over the matmul rate measured here, or bytes over {memory}, whichever takes longer. "
         f"{machine_line(result)}.",
         what_next(result),
     ]

@@ -57,8 +57,8 @@ class ScalingConfig:
     """two budgets, three sizes, one seed, few steps: a first look, not a measurement"""
     out: str = "results"
     """folder for the results"""
-    keep: str = "out/scale"
-    """where finished runs are kept"""
+    keep: str = ""
+    """where finished runs are kept; empty: in runs/scale, beside the results"""
 
     def __post_init__(self):
         settings.check_types(vars(self), ScalingConfig)

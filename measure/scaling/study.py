@@ -8,7 +8,7 @@
 
 Each budget C is spent on models of several sizes; by C = 6ND a larger one sees fewer tokens. The law L = E + A/N^α + B/D^β is
 fitted to all of them and predicts a larger run. The prediction is written to disk before that run is trained. Finished runs
-are kept in out/scale and not repeated: after Ctrl-C or a kill the same command resumes.
+are kept beside the results and not repeated: after Ctrl-C or a kill the same command resumes.
 
 N is all parameters, embeddings included, as Chinchilla counts (Hoffmann et al. 2022): the token matrix is also the head and
 multiplies each token. The models are so small that each has a core to itself; a compile would take longer than their training,
@@ -102,7 +102,10 @@ class StudyRunner:
             longest_first = sorted(missing, key=cost.get, reverse=True)
             asked = {self.pool.submit(train_and_keep, missing[path], path): path for path in longest_first}
             for future in as_completed(asked):
-                results[asked[future]] = future.result()
+                result = results[asked[future]] = future.result()
+                tqdm.write(
+                    f"N = {result['N']:>9,}  D = {result['D']:>11,}  {result['seconds']:>7,.1f} s   loss {result['loss']:.4f}"
+                )
                 bar.update(cost[asked[future]])
         return [{"budget": p.budget} | results[path] for (p, _), path in zip(todo, paths, strict=True)]
 
@@ -198,7 +201,7 @@ def command(argv: list[str]) -> tuple[Path, dict]:
         raise UserError("scipy, which fits the law, is not installed: run pip install scipy")
     device = machine.pick_device(study.device)
     path = results.results_dir(study.out, device) / f"scale{'.trial' if study.quick else ''}.json"
-    folder = Path(study.keep)
+    folder = Path(study.keep) if study.keep else path.parent / "runs" / "scale"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:

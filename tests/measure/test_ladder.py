@@ -182,7 +182,7 @@ def named(*names: str) -> list[Rung]:
 def test_rounds_are_interleaved(workers):
     """All rungs, then all again: drift of the machine hits all alike. Losses are compared in the first round only."""
     started = workers()
-    found = ladder.run_rounds(named("a", "b", "c"), {}, sizes(rounds=3, steps=8), min_timed=2)
+    found, _ = ladder.run_rounds(named("a", "b", "c"), {}, sizes(rounds=3, steps=8), min_timed=2)
     assert [cfg.wandb_project for cfg, _ in started] == ["a", "b", "c"] * 3
     assert [how["steps"] for _, how in started] == [8] * 3 + [1] * 6
     assert {how["min_timed"] for _, how in started} == {2}
@@ -192,7 +192,7 @@ def test_rounds_are_interleaved(workers):
 def test_a_rung_that_fails_is_skipped_with_its_reason_and_not_run_again(workers):
     started = workers(lambda cfg: {"error": "it burns"} if cfg.wandb_project == "b" else result(cfg))
     skipped = {"c": "known before"}
-    found = ladder.run_rounds(named("a", "b", "c", "d"), skipped, sizes(rounds=3), min_timed=2)
+    found, _ = ladder.run_rounds(named("a", "b", "c", "d"), skipped, sizes(rounds=3), min_timed=2)
     assert [cfg.wandb_project for cfg, _ in started] == ["a", "b", "d", "a", "d", "a", "d"]
     assert skipped == {"b": "it burns", "c": "known before"}
     assert found["b"] == found["c"] == []

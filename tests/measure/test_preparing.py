@@ -13,7 +13,7 @@ TEXT = "The quick brown fox — jumps over the lazy dog.\n" * 60_000  # 2.9 MB: 
 def test_every_way_encodes_the_same_text(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text(TEXT, encoding="utf-8")
-    result = preparing.measure(path, processes=2, rounds=1)
+    result = preparing.measure(path, tmp_path, processes=2, rounds=1)
     expected = len(GPT2Tokenizer().encode(TEXT))
     (timed,) = result["rounds"]
     assert {call: timed[call]["tokens"] for call in preparing.CALLS} == dict.fromkeys(preparing.CALLS, expected)

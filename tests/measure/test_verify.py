@@ -300,14 +300,14 @@ def test_every_speed_setting_is_switched(base, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_whole_command_with_two_processes_and_a_compiled_run(base, monkeypatch):
+def test_the_whole_command_with_two_processes_and_a_compiled_run(base, monkeypatch, tmp_path):
     """All equalities and three toggles; a fourth is more than any machine has."""
     compiled = replace(base, compile=True, compile_scope="block", attention="sdpa", dtype="bfloat16", vocab_multiple=128)
     planned = {base: "plain", compiled: "compiled", replace(base, fp32_precision="tf32"): "another machine's"}
     monkeypatch.setattr(verify, "base_config", lambda *_: base)
     monkeypatch.setattr(verify, "plan", lambda *_: planned)
     monkeypatch.setattr(ladder, "precision_that_runs", lambda how, device: "ieee")
-    result = json.loads(json.dumps(verify.verify("unused", CPU, True), allow_nan=False))
+    result = json.loads(json.dumps(verify.verify("unused", CPU, True, tmp_path / "rows"), allow_nan=False))
     statuses = {row["check"]: row["status"] for row in result["rows"]}
     reason = statuses.pop("another machine's")
     assert reason == "skipped: fp32_precision=tf32 does nothing here: float32 matmuls run as ieee"
@@ -315,7 +315,7 @@ def test_the_whole_command_with_two_processes_and_a_compiled_run(base, monkeypat
     assert result["passed"] is True
 
 
-def test_one_failure_is_a_failure_of_all(base, monkeypatch):
+def test_one_failure_is_a_failure_of_all(base, monkeypatch, tmp_path):
     """Also a crash of the compiler's kind; JSON has no number for what is not finite."""
     monkeypatch.setattr(verify, "base_config", lambda *_: base)
     monkeypatch.setattr(verify, "plan", lambda *_: {base: "plain"})
@@ -326,7 +326,7 @@ def test_one_failure_is_a_failure_of_all(base, monkeypatch):
         raise RuntimeError("no such kernel\nand more")
 
     monkeypatch.setattr(verify, "exported_as_imported", crash)
-    result = verify.verify("unused", CPU, True)
+    result = verify.verify("unused", CPU, True, tmp_path / "rows")
     rows = {row["check"]: row for row in result["rows"]}
     assert rows["cached"]["errors"]["logits"] is None
     assert rows["cached"]["status"] == "FAILED: logits"
