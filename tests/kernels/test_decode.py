@@ -101,13 +101,9 @@ def test_a_window_that_moves_and_two_caches_in_turn():
 
 
 @needs_kernel
-def test_several_sequences_and_several_tokens_take_the_ordinary_way():
+def test_several_sequences_take_the_ordinary_way():
     model = build(**SHAPES["heads of 32"])
-    fast = decode.wrap(model)
-    idx = torch.randint(301, (3, 4))
-    with torch.no_grad():
-        assert torch.equal(fast(idx), model(idx))
-    samples = [torch.stack(list(generate(m, [1], 5, num_samples=3, seed=1))) for m in (model, fast)]
+    samples = [torch.stack(list(generate(m, [1], 5, num_samples=3, seed=1))) for m in (model, decode.wrap(model))]
     assert torch.equal(*samples)
 
 
@@ -126,21 +122,26 @@ def test_what_it_cannot_decode_it_leaves_alone(make, reason):
     assert decode.wrap(model) is model
 
 
-def test_without_a_compiler_there_is_a_reason(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(decode.shutil, "which", lambda name: None)
-    reason = decode.build.__wrapped__()
-    assert isinstance(reason, str)
-    if not isinstance(decode.build(), str):
-        assert "no C compiler" in reason
-
-
 @needs_kernel
-def test_a_compiler_that_fails_is_named_and_leaves_nothing(monkeypatch, tmp_path):
+def test_it_is_built_once_for_this_user_alone_or_there_is_a_reason(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(decode, "COMPILE", [*decode.COMPILE, "-mno-such-thing"])
-    assert "cannot build decode.c: " in decode.build.__wrapped__()
-    assert not list((tmp_path / "nanoladder").iterdir())
+    cache, build = tmp_path / "nanoladder", decode.build.__wrapped__
+    with monkeypatch.context() as broken:
+        broken.setattr(decode.shutil, "which", lambda name: None)
+        assert "no C compiler" in build()
+    with monkeypatch.context() as broken:
+        broken.setattr(decode, "COMPILE", [*decode.COMPILE, "-mno-such-thing"])
+        assert "cannot build decode.c: " in build()
+    assert not list(cache.iterdir())
+    build()
+    (library,) = cache.iterdir()
+    assert cache.stat().st_mode & 0o077 == 0
+    before = library.stat().st_mtime_ns
+    build()
+    assert library.stat().st_mtime_ns == before
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert isinstance(build(), str)
 
 
 @needs_kernel
@@ -166,32 +167,17 @@ def test_compiled_code_lies_where_others_cannot_look(monkeypatch, tmp_path):
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     machine.keep_compiled_code()
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
-    assert isinstance(decode.build.__wrapped__(), str)
 
 
 @needs_kernel
-def test_it_is_built_once_for_this_user_alone(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    decode.build.__wrapped__()
-    (library,) = (tmp_path / "nanoladder").iterdir()
-    assert (tmp_path / "nanoladder").stat().st_mode & 0o077 == 0
-    before = library.stat().st_mtime_ns
-    decode.build.__wrapped__()
-    assert library.stat().st_mtime_ns == before
-
-
-@needs_kernel
-@pytest.mark.parametrize("vocab_multiple", [1, 64])
-def test_an_id_or_a_position_without_a_row_is_an_error(vocab_multiple):
-    """As in the plain model: never a read outside the matrix, which once ended in a segmentation fault."""
-    model = build(**SHAPES["padded vocabulary"] | dict(vocab_multiple=vocab_multiple)).bfloat16()
+def test_an_id_or_a_position_without_a_row_is_an_error():
+    """Never a read outside the matrix, which once ended in a segmentation fault."""
+    model = build(**SHAPES["padded vocabulary"])
     fast, rows = decode.wrap(model), len(model.transformer.wte.weight)
-    for token in (-1, rows, rows + 1, 2**40, -(2**40)):
-        cache = KVCache(model.cfg, 1, torch.device("cpu"), torch.bfloat16)
+    cache = KVCache(model.cfg, 1, torch.device("cpu"), torch.bfloat16)
+    for token in (-1, rows, 2**40):
         with pytest.raises(IndexError, match=f"token {token} at position 0: the model has {rows} tokens and 48 positions"):
             fast(torch.tensor([[token]]), cache=cache)
-        with pytest.raises(IndexError):
-            model(torch.tensor([[token]]), cache=KVCache(model.cfg, 1, torch.device("cpu"), torch.bfloat16))
         assert cache.length == 0
     cache.length = 48
     with pytest.raises(IndexError, match="token 0 at position 48"):

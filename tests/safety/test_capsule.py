@@ -9,18 +9,14 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import ranks
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from spoil import louder, poison, spoiled
 from trained import seal
 
-import data
 import train
 from base.errors import UserError
 from configurator import Config
@@ -28,7 +24,7 @@ from engine import checkpoint, restore
 from engine.outliers import Outliers, TrainingStopped
 from engine.run import Run, build
 from model import GPT
-from safety.capsule import ReplayBatch, first_nonfinite_module, read_capsule
+from safety.capsule import first_nonfinite_module, read_capsule
 
 pytestmark = pytest.mark.usefixtures("own_signals")
 
@@ -47,15 +43,7 @@ def state(run: Run) -> dict[str, torch.Tensor]:
 # ---- where it went wrong ------------------------------------------------------------------------------------------------
 
 BEFORE = torch.get_rng_state()
-MODULES = [
-    "transformer.wte",
-    "transformer.wpe",
-    "transformer.h.0.ln_1",
-    "transformer.h.0.attn.c_attn",
-    "transformer.h.1.mlp.c_proj",
-    "transformer.ln_f",
-    "lm_head",
-]
+MODULES = ["transformer.wte", "transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_proj", "transformer.ln_f", "lm_head"]
 COMPILED = [dict(), dict(compile=True, compile_scope="model"), dict(compile=True, compile_scope="block")]
 
 
@@ -70,8 +58,7 @@ def quick_compiler(monkeypatch):
 
 
 @pytest.mark.parametrize("way", COMPILED, ids=lambda w: w.get("compile_scope", "eager"))
-@pytest.mark.parametrize("value", [math.inf, math.nan])
-def test_the_first_module_with_a_bad_output_is_named(cfg, quick_compiler, value, way):
+def test_the_first_module_with_a_bad_output_is_named(cfg, quick_compiler, way):
     cfg = replace(cfg, tie_weights=False, **way)
     run = build(cfg)
     train.train_step(run, 0)
@@ -81,7 +68,7 @@ def test_the_first_module_with_a_bad_output_is_named(cfg, quick_compiler, value,
         row = int(token) if name == "transformer.wte" else 0
         spot = weight.data[row] if weight.dim() == 2 else weight.data[:1]
         good = spot.clone()
-        spot.fill_(value)
+        spot.fill_(math.nan)
         with pytest.raises(TrainingStopped):
             train.train_step(run, 1)
         before = state(run)
@@ -167,11 +154,8 @@ def test_a_bad_number_leaves_a_capsule_that_shows_it_again(cfg, crash, capsys):
     assert replayed(capsys, capsule, "--dtype=bfloat16", "--batch_size=1")[1] == where
 
 
-def test_a_bad_gradient_is_found_as_well(cfg, crash):
-    def spoil(run):
-        run.model.transformer.ln_f.weight.register_hook(lambda g: g * math.nan)
-
-    message, _ = crash(spoil)
+def test_a_bad_gradient_is_found_as_well(crash):
+    message, _ = crash(lambda run: run.model.transformer.ln_f.weight.register_hook(lambda g: g * math.nan))
     assert message.startswith("step 5: the gradient norm is not finite")
     assert "First wrong: transformer.ln_f.weight (gradient)" in message
 
@@ -216,19 +200,14 @@ def as_stopped(monkeypatch) -> list[float]:
     return found
 
 
-def test_replaying_draws_the_same_dropout(cfg, crash, capsys, as_stopped):
+def test_replaying_draws_the_same_dropout_and_needs_no_data(cfg, crash, capsys, as_stopped, prepared, tmp_path):
     """A step that was stopped for its size, not for what cannot be compared: the same loss, in hex."""
-    _, capsule = crash(louder, **vars(stopping(cfg)))
-    loss, where, _ = replayed(capsys, capsule)
-    assert loss.hex() == as_stopped[-1].hex()
-    assert where.startswith("nothing")
-
-
-def test_replaying_needs_no_data(cfg, crash, capsys, as_stopped, prepared, tmp_path):
     shutil.copytree(prepared, tmp_path / "data")
     _, capsule = crash(louder, **vars(replace(stopping(cfg), data_dir=str(tmp_path / "data"))))
     shutil.rmtree(tmp_path / "data")
-    assert replayed(capsys, capsule)[0].hex() == as_stopped[-1].hex()
+    loss, where, _ = replayed(capsys, capsule)
+    assert loss.hex() == as_stopped[-1].hex()
+    assert where.startswith("nothing")
 
 
 def test_other_settings_may_be_tried(cfg, crash, capsys, as_stopped):
@@ -236,11 +215,7 @@ def test_other_settings_may_be_tried(cfg, crash, capsys, as_stopped):
     _, capsule = crash(louder, **vars(replace(stopping(cfg), dropout=0.0)))
     for flags in (["--batch_size=1"], ["--batch_size=8", "--attention=naive"], ["--parallel=fsdp"]):
         assert replayed(capsys, capsule, *flags)[0] == pytest.approx(as_stopped[-1], rel=1e-6)
-    for flag, message in (
-        ("--dropout=2", "dropout=2"),
-        ("--tokens_per_step=512", "capsule"),
-        ("--n_layer=3", "missing"),
-    ):
+    for flag, message in (("--dropout=2", "dropout=2"), ("--tokens_per_step=512", "capsule"), ("--n_layer=3", "missing")):
         with pytest.raises(UserError, match=message):
             train.main([f"--replay={capsule}", flag])
 
@@ -319,29 +294,6 @@ def test_a_capsule_that_cannot_be_written_does_not_hide_what_happened(cfg, monke
     assert "\n" not in str(e.value)
 
 
-@given(micro=st.sampled_from([1, 2, 4]), world=st.sampled_from([1, 2]), other=st.sampled_from([1, 2, 4]))
-@settings(max_examples=12)
-def test_a_recorded_step_is_dealt_out_like_the_data_it_came_from(micro, world, other):
-    class Stream:
-        def __len__(self):
-            return 10_000
-
-        def read(self, start, count):
-            return np.arange(start, start + count)
-
-    batches = data.TrainBatches(Stream(), 16, 0, "shuffled")
-    accumulation = 8 // (micro * world)
-    cut = [[batches.batch(7, m, micro, accumulation, r, world) for r in range(world)] for m in range(accumulation)]
-    inputs, targets = (torch.stack([torch.stack([part[i] for part in row]) for row in cut]) for i in (0, 1))
-    recorded = ReplayBatch(inputs, targets)
-    for ranks_now in (1, 2):
-        accumulation = 8 // (other * ranks_now)
-        for m in range(accumulation):
-            for r in range(ranks_now):
-                mine, theirs = (b.batch(7, m, other, accumulation, r, ranks_now) for b in (recorded, batches))
-                assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
-
-
 # ---- what is no capsule -------------------------------------------------------------------------------------------------
 
 
@@ -352,13 +304,10 @@ def test_other_folders_are_refused_in_one_line(cfg, crash, tmp_path):
     content = bytearray((damaged / "batch.safetensors").read_bytes())
     content[-5] ^= 4
     (damaged / "batch.safetensors").write_bytes(content)
-    (tmp_path / "empty").mkdir()
     wrong = {
         restore.newest(Path(cfg.out_dir)): "is not a crash capsule: use the folder",
         damaged: r"batch\.safetensors is damaged",
-        tmp_path / "empty": "no readable manifest",
         tmp_path / "nowhere": "no readable manifest",
-        Path(cfg.out_dir): "no readable manifest",
         capsule / "config.json": "no readable manifest",
     }
     for folder, message in wrong.items():
@@ -375,16 +324,12 @@ def test_a_capsule_never_leads_to_running_a_file(cfg, crash, capsys, tmp_path):
     _, capsule = crash(louder, **vars(stopping(cfg)))
     (capsule / "config.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n")
     for name in (str(capsule / "config.py"), os.path.relpath(capsule / "config.py"), "config.py"):
-        forge(capsule, init_from=name, data_dir=name, curve=name, resume="auto")
+        values = json.loads((capsule / "config.json").read_text())
+        values |= dict(init_from=name, data_dir=name, curve=name, resume="auto")
+        (capsule / "config.json").write_text(json.dumps(values))
+        seal(capsule)
         assert math.isfinite(replayed(capsys, capsule)[0])
     assert not (tmp_path / "ran").exists()
-
-
-def forge(capsule: Path, **settings: object) -> None:
-    """Change settings in a capsule's config.json, and make its manifest fit."""
-    values = json.loads((capsule / "config.json").read_text())
-    (capsule / "config.json").write_text(json.dumps(values | settings))
-    seal(capsule)
 
 
 def test_a_forged_capsule_is_refused(cfg, crash):

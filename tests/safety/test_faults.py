@@ -6,12 +6,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import faults
 import pytest
 from rig.processes import Done, Failed, clean
-from rig.runs import STEPS, Box, Stage, log
+from rig.runs import Box, Stage
 
 from report import kinds
 
@@ -80,21 +79,14 @@ def test_what_a_process_leaves_behind_is_found_and_killed(stage):
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(100)'], start_new_session=True)\n"
         f"open({str(box.folder / 'pid')!r}, 'w').write(str(child.pid))\n"
     )
-    done = box.start([str(script)]).wait()
-    pid = int((box.folder / "pid").read_text())
+    process = box.start([str(script)])
+    done = process.wait()
     assert done.status == 0
-    assert done.orphans == [f"process {pid} (rank ?)"]
-    stat, until = Path(f"/proc/{pid}/stat"), time.monotonic() + 10
-
-    def alive() -> bool:
-        try:
-            return stat.read_text().rpartition(")")[2].split()[0] != "Z"  # dead, if not yet buried
-        except OSError:
-            return False
-
-    while alive() and time.monotonic() < until:  # killed, it still has to get round to dying
+    assert done.orphans == [f"process {(box.folder / 'pid').read_text()} (rank ?)"]
+    until = time.monotonic() + 10
+    while process.family() and time.monotonic() < until:  # killed, it still has to get round to dying
         time.sleep(0.01)
-    assert not alive()
+    assert not process.family()
     box.close()
 
 
@@ -104,21 +96,6 @@ def test_a_process_that_does_not_end_has_failed(stage):
     with pytest.raises(Failed, match="still running 1 s later"):
         process.wait(1)
     assert process.popen.returncode == -signal.SIGKILL
-    box.close()
-
-
-@pytest.mark.slow
-def test_two_runs_that_differ_are_told_apart(stage):
-    """G2 is not what any two runs have."""
-    box = Box(stage, "differ")
-    whole = box.whole()
-    other = box.copy_of(whole, upto=STEPS)
-    box.same(whole, other)
-    path = other / "log.jsonl"
-    loss = next(r["loss"] for r in log(other) if r.get("step") == 20 and "loss" in r)
-    path.write_text(path.read_text().replace(repr(loss), repr(loss * (1 + 2**-50))))
-    with pytest.raises(Failed, match="NOT G2: step 20"):
-        box.same(whole, other)
     box.close()
 
 
@@ -134,13 +111,11 @@ def test_the_command_writes_what_the_readme_shows(tmp_path, root):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1/1 faults" in done.stdout
     result = json.loads((tmp_path / "faults.json").read_text(encoding="utf-8"))
-    table, note = kinds.blocks(result)
+    table, _ = kinds.blocks(result)
     assert table.rows[0][0].startswith("F31 ")
     assert table.rows[0][2] == "passed"
-    assert note.startswith("1/1 faults in ")
     failed = result | {"faults": [result["faults"][0] | {"passed": False, "detail": "it hung."}]}
-    assert "F31 FAILED: it hung." in kinds.blocks(failed)
     cells = [dict(dtype="float32", compile=c, processes=n, passed=n == 1, detail="no") for c in (False, True) for n in (1, 2)]
-    said = kinds.as_markdown(result | {"faults": [], "matrix": cells})
+    said = kinds.as_markdown(failed | {"matrix": cells})
+    assert "F31 FAILED: it hung." in said
     assert "| float32, compiled | bit for bit | FAILED |" in said
-    assert "2/4 of the matrix" in said

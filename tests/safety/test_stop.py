@@ -40,18 +40,17 @@ def test_a_second_ctrl_c_does_not_wait_for_the_end_of_the_step():
         signal.raise_signal(signal.SIGINT)
 
 
-def asked_in_one(rank: int) -> list[bool]:
-    """What a process hears in five steps, if one of them gets a signal during its third."""
+def asked_in_one() -> list[bool]:
+    """What a process hears in five steps, if the second of two gets a signal during its third."""
     world = parallel.start(CPU)
     stop, heard = Stop(Config(), CPU), []
     for step in range(5):
-        if step == 2 and world.rank == rank:
+        if step == 2 and world.rank == 1:
             signal.raise_signal(signal.SIGTERM)
         heard.append(stop())
     parallel.stop()
     return heard
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path, rank):
-    assert ranks.run(2, tmp_path / "ranks", asked_in_one, rank) == [[False, False, True, True, True]] * 2
+def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
+    assert ranks.run(2, tmp_path / "ranks", asked_in_one) == [[False, False, True, True, True]] * 2
