@@ -15,16 +15,6 @@ CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("own_signals")
 
 
-def test_once_asked_it_stays_so():
-    """Whatever becomes of the signal that asked for it."""
-    stop = Stop(Config(), CPU)
-    assert [stop(), stop(), stop.asked] == [False, False, False]
-    signal.raise_signal(signal.SIGTERM)
-    assert [stop(), stop.asked] == [True, True]
-    stop.signals.clear()
-    assert [stop(), stop(), stop.asked] == [True, True, True]
-
-
 def test_before_the_first_step_a_signal_ends_the_process():
     Stop(Config(), CPU)
     with pytest.raises(SystemExit) as e:
