@@ -6,7 +6,8 @@
     python bench.py verify             every setting against float64, on the same weights and batch
     python bench.py why [config.py]    where a step's time goes, beside its floor, and what to try next
     python bench.py compare A.json B.json --max_regression=3%
-    python bench.py ab A.py B.py       two configs, paired and interleaved: tokens/s and loss with confidence intervals
+    python bench.py ab A.py B.py       two configs, paired and interleaved: tokens/s and loss with confidence intervals;
+                                       "top" for a file is the top rung: python bench.py ab config/peers/nanogpt_cpu.py top
     python bench.py sampling           tokens/s with and without the KV cache
     python bench.py decode [out/run]   tokens/s in each precision, beside the floor and transformers; a run's losses as well
     python bench.py stages             what each stage of config/stages/ reaches

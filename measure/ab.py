@@ -9,20 +9,37 @@ from tqdm import tqdm
 
 import configurator
 from base.errors import UserError
+from configurator import Config
 from measure.config import BenchConfig
 from measure.fresh import in_fresh_process
+from measure.ladder import climb, load_ladder, top_rung
 from measure.results import header
 from measure.rounds import UntilCtrlC, say
 from report import results
 from report.compare import compare as compare_results
 
+TOP = "top"  # where a config file would stand: the ladder's top rung
+
+
+def sides(paths: list[str], asked: BenchConfig, device: torch.device) -> list[tuple[str, Config]]:
+    """[(path, config), …]: files as they are (sizes only where given); beside the top rung, a file at the ladder's sizes."""
+    if TOP not in paths:
+        return [(p, asked.of_file(configurator.load_file(p))) for p in paths]
+    rungs, sizes = load_ladder(), asked.by_device(device.type)
+    top = top_rung(*climb(rungs, sizes, device))
+    base = rungs[0].cfg.batch_size
+    return [
+        (f"config/ladder/{top.name}.py", top.cfg) if p == TOP else (p, sizes.apply(configurator.load_file(p), base))
+        for p in paths
+    ]
+
 
 def ab(paths: list[str], asked: BenchConfig, device: torch.device) -> dict:
-    """Two config files as they are (sizes only where given), seed by seed, in alternating order."""
+    """Two configs, seed by seed, in alternating order."""
     if len(paths) != 2:
         raise UserError("ab compares two config files: run python bench.py ab A.py B.py")
     sizes = asked.by_device(device.type)  # for how often; the files say how large
-    pair = [(p, asked.of_file(configurator.load_file(p))) for p in paths]
+    pair = sides(paths, asked, device)
     runs: list[list[dict]] = [[], []]
     with UntilCtrlC() as until, tqdm(total=2 * sizes.seeds, disable=None, unit="run") as bar:
         for seed in range(sizes.seeds):
@@ -36,7 +53,7 @@ def ab(paths: list[str], asked: BenchConfig, device: torch.device) -> dict:
                 say(f"seed {cfg.seed + seed} {Path(path).stem}", result)
                 runs[which].append(result)
     note, pairs = until.note(all(runs)), min(map(len, runs))
-    sides = [
+    both = [
         {
             "config": path,
             "requested": side[0]["requested"],
@@ -47,7 +64,7 @@ def ab(paths: list[str], asked: BenchConfig, device: torch.device) -> dict:
         for (path, _), side in zip(pair, runs, strict=True)
     ]
     changes = {k: list(v) for k, v in configurator.diff(pair[0][1], pair[1][1]).items() if k != "out_dir"}
-    return header("ab", asked) | note | {"sides": sides, "changes": changes}
+    return header("ab", asked) | note | {"sides": both, "changes": changes}
 
 
 def compare(paths: list[str], asked: BenchConfig) -> None:

@@ -1,6 +1,6 @@
 """What nanoGPT's train.py does on a CPU, for comparison: float32, torch.compile, SDPA, 50,304 rows, AdamW as a loop.
 
-    python bench.py ab config/peers/nanogpt_cpu.py config/ladder/r10_blocked.py --batch_size=4 --sequence_length=256
+    python bench.py ab config/peers/nanogpt_cpu.py top
 
 nanoGPT uses autocast only on GPUs and fused AdamW only on CUDA. Hardware: any CPU. Expect: the ratio of
 results/amd-epyc-2-cores/ab_nanogpt_cpu_r10_blocked_T256.json, at the same losses.

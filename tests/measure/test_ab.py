@@ -5,6 +5,7 @@ import torch
 from stand_ins import result
 
 from base.errors import UserError
+from base.files import ROOT
 from measure import ab
 from measure.config import BenchConfig
 
@@ -42,6 +43,16 @@ def test_ab_runs_the_files_as_they_are(pair, workers, prepared):
     started.clear()
     ab.ab(pair, BenchConfig(seeds=1, batch_size=2, sequence_length=16, data_dir=str(prepared)), CPU)
     assert {(cfg.batch_size, cfg.T, cfg.tokens_per_step) for cfg, _ in started} == {(2, 16, 32)}
+
+
+def test_quick_makes_both_sides_small_and_alike(workers, prepared):
+    """The peer and the top rung differ in their micro-batches, but a step has as many tokens."""
+    started = workers()
+    paths = [str(ROOT / "config" / p) for p in ("peers/nanogpt_cpu.py", "ladder/r10_blocked.py")]
+    ab.ab(paths, BenchConfig(quick=True, data_dir=str(prepared)), CPU)
+    assert len(started) == 4
+    assert len({(cfg.n_layer, cfg.n_embd, cfg.T, cfg.tokens_per_step) for cfg, _ in started}) == 1
+    assert all(cfg.n_layer == 1 and cfg.tokens_per_step <= 1024 for cfg, _ in started)
 
 
 def test_a_side_of_ab_that_fails_is_named(pair, workers, prepared):

@@ -96,6 +96,7 @@ def test_quick_is_shorter_in_every_way():
         assert quick.rounds == 1
         assert quick.steps < full.steps
         assert quick.sequence_length < full.sequence_length
+        assert quick.n_layer < full.n_layer == 12
         for s in (full, quick):
             assert s.tokens_per_step % s.sequence_length == 0
             assert s.tokens_per_step >= s.batch_size * s.sequence_length
