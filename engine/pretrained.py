@@ -30,37 +30,20 @@ from tokenizer import END_OF_TEXT, GPT2_MERGES, GPT2_RANKS, BPETokenizer, CharTo
 
 CONV1D = re.compile(r"(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
 # What our model computes; a Hugging Face config that says otherwise describes another model.
-FIXED = {
-    "model_type": "gpt2",
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "n_inner": None,
-    "add_cross_attention": False,
-}
-
-
-# Our sizes, and the names they have there ("n_ctx" is the older one).
-HF_SIZES = {
-    "n_layer": ("n_layer",),
-    "n_head": ("n_head",),
-    "n_embd": ("n_embd",),
-    "vocab_size": ("vocab_size",),
-    "block_size": ("n_positions", "n_ctx"),
-}
+FIXED = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5, n_inner=None)
+FIXED |= dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
 
 
 def config_from_hf(values: dict) -> GPTConfig:
     """A Hugging Face GPT-2 config.json as our GPTConfig; UserError for what our model does not compute."""
     if not isinstance(values, dict):
         raise UserError("config.json is not a JSON object")
-    sizes = {}
-    for name, names in HF_SIZES.items():
-        found = next((values[n] for n in names if n in values), None)
+    values = {"n_positions": values.get("n_ctx")} | values  # by its older name
+    sizes = {name: values.get(name) for name in ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions")}
+    for name, found in sizes.items():
         if type(found) is not int:
-            raise UserError(f"config.json has {names[0]}={found!r}; it must be a whole number")
-        sizes[name] = found
+            raise UserError(f"config.json has {name}={found!r}; it must be a whole number")
+    sizes["block_size"] = sizes.pop("n_positions")
     check_sizes(sizes)
     for name, expected in FIXED.items():
         found = values.get(name, expected)
@@ -149,9 +132,9 @@ def load_hf_dir(folder: Path) -> GPT:
     """A model from a folder in the Hugging Face layout, sharded or not."""
     try:
         cfg = config_from_hf(json.loads(read_text(folder / "config.json")))
+    except UserError:
+        raise
     except (OSError, ValueError, RecursionError) as e:
-        if isinstance(e, UserError):
-            raise
         raise UserError(f"{folder}/config.json cannot be read: {e}") from None
     one = folder / "model.safetensors"
     files = [one] if one.is_file() else sorted(folder.glob("model-*-of-*.safetensors"))
@@ -160,11 +143,10 @@ def load_hf_dir(folder: Path) -> GPT:
     state: dict[str, Tensor] = {}
     for file in files:
         state |= read_safetensors(file)
-    if not cfg.tie_weights or "lm_head.weight" in state:
-        # a file may say "tied" and still store the head: believe it only where the two agree
-        head, wte = state.get("lm_head.weight"), state.get("transformer.wte.weight", state.get("wte.weight"))
-        if cfg.tie_weights and head is not None and wte is not None and not torch.equal(head, wte):
-            cfg = replace(cfg, tie_weights=False)
+    # a file may say "tied" and still store the head: believe it only where the two agree
+    head, wte = state.get("lm_head.weight"), state.get("transformer.wte.weight", state.get("wte.weight"))
+    if cfg.tie_weights and head is not None and wte is not None and not torch.equal(head, wte):
+        cfg = replace(cfg, tie_weights=False)
     model = empty_model(cfg)
     checked_load(model, from_hf_state(state, cfg), str(folder))
     return model

@@ -67,9 +67,8 @@ def first_nonfinite_module(run: Run, step: int, random_before: Tensor) -> str:
     text[: len(content)] = content
     for rank, name_bytes in enumerate(parallel.gather(text)):
         if name := bytes(name_bytes.tolist()).rstrip(b"\0").decode():
-            shared = optim.is_sharded(run.train_model) and name.endswith(
-                "(gradient)"
-            )  # summed over the processes before anyone sees it
+            # a sharded gradient is summed over the processes before anyone sees it
+            shared = optim.is_sharded(run.train_model) and name.endswith("(gradient)")
             return name + (f" in process {rank}" if run.world.size > 1 and not shared else "")
     return "nothing, when the step was run again without the compiler"
 
@@ -112,18 +111,10 @@ def write_capsule(run: Run, out: Path, stopped: TrainingStopped, snapshot: check
     if world.is_main:
         shares = (run.micro_batch, run.accumulation)
         cut = [[run.batches.batch(step, m, *shares, r, world.size) for r in range(world.size)] for m in range(shares[1])]
-        batch = {
-            name: torch.stack([torch.stack([part[i] for part in row]) for row in cut])
-            for i, name in enumerate(("inputs", "targets"))
-        }
-        crash = {
-            "step": step + 1,
-            "reason": str(stopped),
-            "first_wrong": module,
-            "processes": world.size,
-            "micro_batch": run.micro_batch,
-            "accumulation": run.accumulation,
-        }
+        inputs, targets = (torch.stack([torch.stack([part[i] for part in row]) for row in cut]) for i in (0, 1))
+        batch = {"inputs": inputs, "targets": targets}
+        crash = {"step": step + 1, "reason": str(stopped), "first_wrong": module}
+        crash |= {"processes": world.size, "micro_batch": run.micro_batch, "accumulation": run.accumulation}
         tensors = {"model": weights, "training": snapshot.random, "batch": batch}
         snapshot = replace(snapshot, extra=snapshot.extra | {"crash": crash})
         checkpoint.write(folder, snapshot, {f"{name}.safetensors": content for name, content in tensors.items()})

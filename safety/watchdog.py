@@ -68,12 +68,8 @@ class Watchdog(threading.Thread):
         except RuntimeError as e:
             told, says = {self.world.rank: ""}, f"the store, kept by rank 0 or torchrun, does not answer either ({e})"
         if self.world.rank == min(told):
-            print(
-                f"[rank {self.world.rank}] error: nothing has finished for {self.seconds:.0f} s (timeout_minutes): {says}; "
-                f"saved checkpoints are intact: use --resume",
-                file=sys.stderr,
-                flush=True,
-            )
+            line = f"[rank {self.world.rank}] error: nothing has finished for {self.seconds:.0f} s (timeout_minutes): {says}"
+            print(f"{line}; saved checkpoints are intact: use --resume", file=sys.stderr, flush=True)
         else:
             time.sleep(2.0)  # until that one has reported: its collective fails once this process ends
 
