@@ -4,29 +4,37 @@ import hashlib
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import tokenizer
 from base.errors import UserError
+from corpus import bpe
 from tokenizer import BPETokenizer, CharTokenizer, GPT2Tokenizer, from_json
 
 GPT2 = GPT2Tokenizer()
+OWN = bpe.train(["the cat sat on the mat, and the cats sat on mats. " * 3], 300, ["<|user|>", "<|endoftext|>"])
 
-# ---- GPT-2's BPE
+# ---- GPT-2's BPE and one's own
 
 
 def test_known_ids():
     assert GPT2.encode("Hello, I'm a language model,") == [15496, 11, 314, 1101, 257, 3303, 2746, 11]  # FACTS.md
-    assert GPT2.decode([15496, 11, 314, 1101, 257, 3303, 2746, 11]) == "Hello, I'm a language model,"
 
 
-@given(st.text())
-def test_any_text_survives_the_round_trip(text):
-    ids = GPT2.encode(text)
-    assert GPT2.decode(ids) == text
-    assert GPT2.decode_bytes(ids) == text.encode()
-    assert all(0 <= i < GPT2.vocab_size - 1 for i in ids)  # never <|endoftext|>
+@pytest.mark.parametrize("own", [GPT2, OWN], ids=["gpt2", "bpe"])
+@given(st.text(st.characters(exclude_categories=[])))  # lone surrogates too, from arguments that are not UTF-8
+@example("a<|endoftext|><|user|>b")
+@example("a\ud800b")
+@example("🙂")
+def test_any_text_survives_the_round_trip(own, text):
+    """Special tokens inside a text are text; half a character decodes to its bytes and to a replacement."""
+    ids, clean = own.encode(text), text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    assert own.decode(ids) == clean
+    assert own.decode_bytes(ids) == b"".join(own.decode_bytes([i]) for i in ids) == clean.encode()
+    assert all(0 <= i < own.vocab_size - 1 - (own is OWN) for i in ids)
+    assert own.decode(own.encode("🙂")[:1]) == "\ufffd"
+    assert own.decode([own.end_of_text]) == "<|endoftext|>"
 
 
 @pytest.fixture(scope="module")
@@ -50,39 +58,21 @@ def test_ids_equal_those_of_another_implementation(other_bpe, text):
     assert GPT2.encode(text) == other_bpe.encode(text).ids
 
 
-@pytest.mark.parametrize("text", ["<|endoftext|>", "a<|endoftext|>b"])
-def test_end_of_text_inside_a_text_is_text(text):
-    ids = GPT2.encode(text)
-    assert GPT2.end_of_text not in ids
-    assert GPT2.decode(ids) == text
-    assert GPT2.decode([GPT2.end_of_text]) == "<|endoftext|>"
-
-
-def test_half_a_character_decodes_to_its_bytes_and_to_a_replacement():
-    ids = GPT2.encode("🙂")
-    assert len(ids) > 1
-    assert b"".join(GPT2.decode_bytes([i]) for i in ids) == "🙂".encode()
-    assert GPT2.decode(ids[:1]) == "\ufffd"
-
-
-def test_a_lone_surrogate_is_a_replacement_character():
-    """They come from arguments and files that are not UTF-8."""
-    assert GPT2.decode(GPT2.encode("a\ud800b")) == "a\ufffdb"
-
-
 # ---- characters
 
 any_text = st.text(st.characters(exclude_categories=[]), min_size=1, max_size=50)  # lone surrogates too
 
 
 @given(any_text)
-def test_characters_survive_the_round_trip(text):
+def test_characters_survive_the_round_trip_and_json(text):
     chars = CharTokenizer.train(text)
     ids = chars.encode(text)
     assert chars.decode(ids) == text
     assert chars.decode_bytes(ids) == text.encode(errors="replace")
     assert set(ids) == set(range(chars.vocab_size))
-    assert chars.characters == sorted(set(text))
+    again = from_json(chars.to_json().encode().decode())
+    assert again.characters == chars.characters == sorted(set(text))
+    assert again.name == chars.name
 
 
 def test_an_unknown_character_is_named():
@@ -90,7 +80,7 @@ def test_an_unknown_character_is_named():
         CharTokenizer.train("abc").encode("až")
 
 
-@pytest.mark.parametrize("characters", [[], ["a", "a"], ["ab"], [""], ["a", ""]])
+@pytest.mark.parametrize("characters", [[], ["a", "a"], ["ab"], [""]])
 def test_an_alphabet_needs_distinct_single_characters(characters):
     with pytest.raises(UserError, match="distinct single characters"):
         CharTokenizer(characters)
@@ -105,16 +95,11 @@ def test_the_name_tells_alphabets_apart():
 # ---- JSON
 
 
-@given(any_text)
-def test_a_character_tokenizer_survives_json(text):
-    chars = CharTokenizer.train(text)
-    again = from_json(chars.to_json().encode().decode())
-    assert again.characters == chars.characters
-    assert again.name == chars.name
-
-
-def test_gpt2_survives_json():
+def test_a_bpe_survives_json():
     assert isinstance(from_json(GPT2.to_json()), GPT2Tokenizer)
+    again = from_json(OWN.to_json())
+    assert (again.name, again.special_ids) == (OWN.name, {"<|user|>": OWN.vocab_size - 2, "<|endoftext|>": OWN.vocab_size - 1})
+    assert again.encode("the cats") == OWN.encode("the cats")
 
 
 scalar = (

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import json
 import random
 import time
 from collections import Counter
@@ -83,14 +82,6 @@ def trained(prose) -> BPETokenizer:
 # ---- training
 
 
-def test_the_worked_example():
-    own = train(["aaabdaaabac"], 3)
-    assert spelt(own) == [(b"a", b"a"), (b"aa", b"a"), (b"aaa", b"b")]
-    assert own.encode("aaabdaaabac") == [258, 100, 258, 97, 99]
-    assert own.vocab_size == 260
-    assert own.end_of_text == 259
-
-
 @given(st.lists(text, max_size=4), st.integers(0, 30))
 @example(["aaaa aaaaa baaab"], 30)
 @example(["ab aab ba"], 30)  # one token begins with another: (ab, x) against (a, bx)
@@ -102,31 +93,12 @@ def test_merges_of_prose_are_the_textbooks(prose):
     assert spelt(train([prose[:6000]], 300)) == textbook_merges([prose[:6000]], 300)
 
 
-def test_without_pairs_training_ends():
-    own = train(["hi hi"], 1000)
-    assert spelt(own) == [(b"h", b"i"), (b" ", b"hi")]
-    assert own.vocab_size == 256 + 2 + 1
-    assert train([], 10).merges == train(["a b"], 0).merges == []
-
-
-@given(st.lists(text, max_size=4), st.integers(0, 20))
-def test_special_tokens_part_texts(texts, n):
-    assert train([END_OF_TEXT.join(texts)], n).merges == train(texts, n).merges
-
-
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_counts_do_not_depend_on_processes(monkeypatch, prose, processes):
     monkeypatch.setattr(bpe, "COUNTED_AT_ONCE", 1000)
     counts = bpe.count_pieces([prose, "", "x  " + END_OF_TEXT], (END_OF_TEXT,), processes)
     expected = [piece for part in prose.split(END_OF_TEXT) for piece in GPT2_PATTERN.findall(part)]
     assert counts == Counter([*expected, "x", "  "])
-
-
-def test_training_is_quick(prose):
-    """The target is 1.5 s; the worst that a slow machine is allowed. Here it takes 0.1 s."""
-    began = time.process_time()
-    assert train([prose], 500).vocab_size == 757
-    assert time.process_time() - began < 1.5
 
 
 def test_long_words_are_quick():
@@ -146,25 +118,13 @@ def test_a_vocabulary_has_its_limits(vocab_size):
 # ---- encoding
 
 
-@given(st.lists(text, max_size=4), st.integers(0, 40), text)
+@given(st.lists(text, max_size=4), st.integers(0, 40), text | any_text)
 @example(["aaaa aaaaa"], 3, "aaaaaaa aaa aaaaa")
-def test_ids_are_the_textbooks(texts, n, other):
+def test_ids_are_the_textbooks(trained, texts, n, other):
     own = train(texts, n)
     for one in (*texts, other):
         assert [own.tokens[i] for i in own.encode(one)] == textbook_encode(one, textbook_merges(texts, n))
-
-
-@given(other=text | any_text)
-def test_ids_of_more_merges_are_the_textbooks(trained, other):
     assert [trained.tokens[i] for i in trained.encode(other)] == textbook_encode(other, spelt(trained))
-
-
-@given(st.text() | any_text | text)
-def test_any_text_survives_the_round_trip(trained, text):
-    ids = trained.encode(text)
-    assert trained.decode(ids) == text
-    assert trained.decode_bytes(ids) == text.encode()
-    assert all(0 <= i < trained.vocab_size - 3 for i in ids)  # no special token
 
 
 def test_gpt2s_merges_give_gpt2s_ids(prose):
@@ -195,13 +155,7 @@ def test_special_tokens_are_the_last_ids(trained):
     assert trained.decode([trained.start, 756]) == f"{END_OF_TEXT}<|user|>"
 
 
-def test_half_a_character_decodes_to_a_replacement(trained):
-    assert trained.decode(trained.encode("🙂")[:1]) == "\ufffd"
-
-
-def test_a_lone_surrogate_is_a_replacement_character(trained):
-    """They come from arguments that are not UTF-8."""
-    assert trained.decode(trained.encode("a\ud800b")) == "a\ufffdb"
+def test_a_lone_surrogate_of_a_json_row_is_learnt_from_as_a_question_mark():
     assert spelt(train(["\ud800\ud800"], 1)) == [(b"?", b"?")]
 
 
@@ -239,12 +193,6 @@ def test_cuts_are_safe_beside_special_tokens(text, size):
 # ---- JSON
 
 
-def test_it_survives_json(trained, prose):
-    again = BPETokenizer.from_spec(json.loads(trained.to_json()))
-    assert again.name == trained.name
-    assert again.encode(prose) == trained.encode(prose)
-
-
 def test_the_name_tells_vocabularies_apart(trained):
     others = [train(["abc"], 1), train(["abd"], 1), train(["abd"], 1, ["<s>", END_OF_TEXT]), trained]
     assert len({own.name for own in others}) == 4
@@ -259,26 +207,19 @@ DOUBLING = [[97, 97], *([256 + k, 256 + k] for k in range(60))]
     ("change", "reason"),
     [
         ({"merges": None}, "list of pairs"),
-        ({"merges": {"a": 1}}, "list of pairs"),
         ({"merges": ["ab"]}, "list of pairs"),
         ({"merges": [[97, 98], [256]]}, "merge 1 must be two ids below 257"),
-        ({"merges": [[97, 98, 99]]}, "merge 0"),
         ({"merges": [[97, 256]]}, "merge 0 must be two ids below 256"),
         ({"merges": [[97, -1]]}, "merge 0"),
         ({"merges": [[97, True]]}, "merge 0"),
-        ({"merges": [[97, 98.0]]}, "merge 0"),
-        ({"merges": [[97, "b"]]}, "merge 0"),
-        ({"merges": [[97, 98], [97, 98]]}, "the same token"),
         ({"merges": [[97, 98], [98, 99], [256, 99], [97, 257]]}, "the same token"),
         ({"merges": DOUBLING}, "merge 25 are longer than"),
         ({"merges": [[97, 98]] * 2**20}, "a vocabulary of 1,048,833 tokens"),
         ({"special_tokens": None}, "list of strings"),
-        ({"special_tokens": END_OF_TEXT}, "list of strings"),
         ({"special_tokens": [1, END_OF_TEXT]}, "list of strings"),
         ({"special_tokens": []}, "the last of them"),
         ({"special_tokens": ["<s>"]}, "the last of them"),
         ({"special_tokens": [END_OF_TEXT, END_OF_TEXT]}, "distinct"),
-        ({"special_tokens": ["", END_OF_TEXT]}, "special token ''"),
         ({"special_tokens": ["a b", END_OF_TEXT]}, "special token 'a b'"),
         ({"special_tokens": ["\ud800", END_OF_TEXT]}, "special token"),
     ],

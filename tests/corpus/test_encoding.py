@@ -16,24 +16,15 @@ anything = st.text(st.characters(exclude_categories=[])) | st.lists(
 ).map("".join)
 
 
-@pytest.fixture(scope="module")
-def gpt2(gpt2_files):
-    return Encoder(GPT2Tokenizer())
-
-
-@given(anything)
-def test_ids_are_those_of_gpt2(gpt2, text):
-    assert gpt2.encode(text).tolist() == GPT2Tokenizer().encode(text)
-
-
-@given(anything)
-def test_ids_are_those_of_your_own_bpe(text):
-    assert Encoder(SMALL).encode(text).tolist() == SMALL.encode(text)
-
-
-@given(st.text(st.sampled_from("the cat 😀\n\ud800")))
-def test_ids_are_those_of_an_alphabet(text):
-    assert Encoder(LETTERS).encode(text).tolist() == LETTERS.encode(text)
+@pytest.mark.parametrize(
+    ("tokenizer", "texts"),
+    [(GPT2Tokenizer(), anything), (SMALL, anything), (LETTERS, st.text(st.sampled_from("the cat 😀\n\ud800")))],
+    ids=["gpt2", "bpe", "char"],
+)
+@given(data=st.data())
+def test_ids_are_the_tokenizers(gpt2_files, tokenizer, texts, data):
+    encoder, text = Encoder(tokenizer), data.draw(texts)
+    assert encoder.encode(text).tolist() == tokenizer.encode(text)
 
 
 @pytest.mark.parametrize("unknown", ["x", "\0", "\U0010ffff"])
@@ -59,8 +50,7 @@ def test_a_batch_keeps_splits_apart_and_documents_too():
     assert Encoder(LETTERS).encode_batch({"train": [("t", False), ("h", True)]})["train"].tolist() == LETTERS.encode("th")
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_character_that_no_process_knows_is_named(processes):
+def test_a_character_that_no_process_knows_is_named():
     batches = [(i, {"train": [("the cat", False)]}) for i in range(20)] + [(20, {"train": [("unknown: é", False)]})]
     with pytest.raises(CannotEncode, match="'u'"):
-        list(encode(LETTERS, batches, processes))
+        list(encode(LETTERS, batches, 2))

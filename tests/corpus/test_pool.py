@@ -1,6 +1,7 @@
 """pool.py: results in order, little read ahead, and no process left behind, however the work ends."""
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import signal
@@ -45,25 +46,8 @@ def alive(pid: int) -> bool:
     return True
 
 
-def await_end(*pids: int) -> None:
-    deadline = time.monotonic() + 10
-    while any(alive(pid) for pid in pids):
-        assert time.monotonic() < deadline, "a worker still runs"
-        time.sleep(0.02)
-
-
-@pytest.mark.parametrize("processes", [1, 3])
-def test_results_come_in_order_and_every_process_ends(processes):
-    jobs = [(f"job {i}", i) for i in range(100)]
-    assert list(map_in_order(square, jobs, processes, 4)) == [(f"job {i}", i * i) for i in range(100)]
-    assert not multiprocessing.active_children()
-
-
-def test_few_jobs_start_no_process():
-    assert [pid for _, pid in map_in_order(nap, [(i, 0.0) for i in range(3)], 2, 4)] == [os.getpid()] * 3
-
-
-def test_only_so_many_jobs_are_read_ahead():
+@pytest.mark.parametrize("processes", [1, 2])
+def test_results_come_in_order_few_jobs_are_read_ahead_and_every_process_ends(processes):
     """Or a corpus would come to lie in memory when the disk is slower than the cores."""
     read = 0
 
@@ -72,37 +56,34 @@ def test_only_so_many_jobs_are_read_ahead():
         for read in range(50):
             yield read, read
 
-    for taken, _ in map_in_order(square, jobs(), 2, 1):
-        assert read - taken <= 4
-
-
-def test_a_refusal_arrives_as_it_was():
-    with pytest.raises(ValueError, match="-1 is negative"):
-        list(map_in_order(square, [(i, i if i < 30 else -1) for i in range(60)], 2, 1))
+    results = map_in_order(square, jobs(), processes, 1)
+    assert [(tag, result, read - tag <= 4) for tag, result in results] == [(i, i * i, True) for i in range(50)]
     assert not multiprocessing.active_children()
 
 
-def test_closed_early_it_ends_its_processes():
+def test_few_jobs_start_no_process():
+    assert [pid for _, pid in map_in_order(nap, [(i, 0.0) for i in range(3)], 2, 4)] == [os.getpid()] * 3
+
+
+def test_a_refusal_arrives_as_it_was_and_closed_early_it_ends_its_processes():
+    with pytest.raises(ValueError, match="-1 is negative"):
+        list(map_in_order(square, [(i, i if i < 30 else -1) for i in range(60)], 2, 1))
+    assert not multiprocessing.active_children()
     results = map_in_order(square, ((i, i) for i in range(10**9)), 2, 1)
     assert next(results) == (0, 0)
     results.close()
     assert not multiprocessing.active_children()
 
 
-def kill_a_worker(results, after: int, seconds: float = 0.0) -> None:
-    """Take results to the end, and kill a worker so many seconds after a given one."""
-    for tag, _ in results:
-        if tag == after:
-            time.sleep(seconds)
-            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-
-
-@pytest.mark.parametrize("milliseconds", [0, 10, 20, 30])
+@pytest.mark.parametrize("milliseconds", [0, 10, 30])
 def test_a_killed_worker_is_one_line_and_no_hang(milliseconds):
     """Also in the middle of a large result, of whose rest ProcessPoolExecutor waited for ever."""
     results = map_in_order(bytes, ((i, 2**22) for i in range(10**6)), 2, 1)
+    next(itertools.islice(results, 5, None))
+    time.sleep(milliseconds / 1000)
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
     with pytest.raises(UserError, match=r"a worker process was killed.*use --processes=1") as e:
-        kill_a_worker(results, 5, milliseconds / 1000)
+        list(results)
     assert "\n" not in str(e.value)
     assert not multiprocessing.active_children()
 
@@ -124,4 +105,7 @@ def test_workers_end_with_their_parent(root, tmp_path, number):
     errors = process.communicate(timeout=30)[1]
     assert process.returncode == -number
     assert errors.count("Traceback") == (number == signal.SIGINT)
-    await_end(*pids)
+    deadline = time.monotonic() + 10
+    while any(alive(pid) for pid in pids):
+        assert time.monotonic() < deadline, "a worker still runs"
+        time.sleep(0.02)

@@ -40,29 +40,32 @@ def test_a_shard_is_the_documented_header_and_its_tokens(tmp_path, tokenizer):
     assert shards.read_shard(tmp_path / "train_000000.bin", tokenizer).tolist() == ids
 
 
-def write_dataset(folder, splits: dict[str, np.ndarray]) -> None:
-    entries = {split: write_shards(folder, split, ids) for split, ids in splits.items()}
-    shards.write_manifest(folder, entries, SMALL, "a test")
+def write_dataset(folder, splits: dict[str, list[int]], tokenizer=SMALL, **how) -> None:
+    entries = {split: write_shards(folder, split, ids, tokenizer, **how) for split, ids in splits.items()}
+    shards.write_manifest(folder, entries, tokenizer, "a test")
 
 
 @pytest.fixture
 def folder(tmp_path):
     """A small data set of two splits."""
-    ids = np.arange(400, dtype=np.uint32)
-    write_dataset(tmp_path, {"train": ids, "val": ids[:50]})
+    write_dataset(tmp_path, {"train": [*range(400)], "val": [*range(50)]})
     return tmp_path
 
 
-def test_a_data_set_comes_back_and_its_sha256_tells_it_from_another(folder, tmp_path_factory):
-    opened = shards.open_dataset(folder)
-    assert opened.split("train").read(0, 400).tolist() == list(range(400))
-    assert opened.split("val").read(0, 50).tolist() == list(range(50))
-    assert opened.tokenizer.to_json() == SMALL.to_json()
-    other = tmp_path_factory.mktemp("other")
-    ids = np.arange(400, dtype=np.uint32)
-    ids[7] = 0
-    write_dataset(other, {"train": ids, "val": ids[:50]})
-    assert shards.open_dataset(other).sha256 != opened.sha256
+def test_a_data_set_comes_back_and_its_sha256_tells_it_from_another(tmp_path):
+    """A split of many shards is one stream."""
+    sha256 = set()
+    for last in (399, 0):
+        ids, folder = [*range(399), last], tmp_path / str(last)
+        folder.mkdir()
+        write_dataset(folder, {"train": ids, "val": ids[:50]}, shard_tokens=33)
+        opened = shards.open_dataset(folder)
+        assert [len(s) for s in opened.splits["train"]] == [33] * 12 + [4]
+        assert opened.split("train").read(0, 400).tolist() == ids
+        assert opened.split("val").read(0, 50).tolist() == ids[:50]
+        assert opened.tokenizer.to_json() == SMALL.to_json()
+        sha256.add(opened.sha256)
+    assert len(sha256) == 2
 
 
 SHARD = "train_000000.bin"
@@ -76,16 +79,11 @@ def overwrite(at: int, content: bytes):
 DAMAGE = {
     "truncated header": (lambda b: b[:100], "cut off inside its header"),
     "truncated body": (lambda b: b[:-200], r"400 tokens should take 1056 bytes, not 856"),
-    "odd length": (lambda b: b[:-1], r"1056 bytes, not 1055"),
     "too long": (lambda b: b + b"\0\0", r"1056 bytes, not 1058"),
     "foreign": (lambda b: b"PK\x03\x04" + b[4:], r"not a token shard of this program \(it begins with b'PK"),
-    "empty": (lambda b: b"", "not a token shard of this program"),
     "wrong version": (overwrite(8, b"\2"), "format version 2, this program reads 1"),
     "wrong width": (overwrite(12, b"\3"), "3 bytes per token, allowed are 2 and 4"),
-    "wrong tokenizer": (
-        overwrite(28, b"gpt2".ljust(32, b"\0")),
-        "made with the tokenizer gpt2 .* uses char-",
-    ),
+    "wrong tokenizer": (overwrite(28, b"gpt2".ljust(32, b"\0")), "made with the tokenizer gpt2 .* uses char-"),
     "id outside": (overwrite(256 + 2 * 123, b"\xf4\1"), "token 123 is 500, the vocabulary has 500"),
     "wrong vocabulary": (overwrite(16, b"\xff\xff"), "vocabulary"),
     "missing": (None, "No such file"),
@@ -127,7 +125,6 @@ MANIFEST_DAMAGE = {
     "outside the folder": entries("../train_000000.bin"),
     "absolute": entries("/etc/passwd"),
     "the folder itself": entries(""),
-    "its parent": entries(".."),
     "a zero byte": entries("train\0.bin"),
     "half a character": entries("\ud800"),
     "300 characters": entries("x" * 300 + ".bin"),
@@ -147,19 +144,16 @@ def test_a_damaged_manifest_is_refused(folder, kind):
     assert "\n" not in str(e.value)
 
 
-def test_a_missing_manifest_names_the_command(folder):
-    (folder / shards.MANIFEST).unlink()
-    with pytest.raises(UserError, match=r"has no prepared data.*: run python prepare_data\.py"):
-        shards.open_dataset(folder)
-
-
-def test_a_missing_or_foreign_tokenizer_is_refused(folder):
+def test_a_missing_or_foreign_tokenizer_is_refused_and_a_missing_manifest(folder):
     for content in (None, "{", '{"type": "pickle"}', '{"type": "char", "characters": ["aa"]}'):
         (folder / "tokenizer.json").unlink(missing_ok=True)
         if content:
             (folder / "tokenizer.json").write_text(content)
         with pytest.raises(UserError, match="damaged"):
             shards.open_dataset(folder)
+    (folder / shards.MANIFEST).unlink()
+    with pytest.raises(UserError, match=r"has no prepared data.*: run python prepare_data\.py"):
+        shards.open_dataset(folder)
 
 
 FUZZED = shards.header(SMALL, 400) + np.arange(400, dtype="<u2").tobytes()
@@ -197,14 +191,6 @@ def test_what_is_not_a_regular_file_is_refused_at_once(folder, name, kind):
     assert "\n" not in str(e.value)
 
 
-def test_a_split_of_many_shards_is_one_stream(tmp_path):
-    entries = {split: write_shards(tmp_path, split, range(n), shard_tokens=33) for split, n in (("train", 400), ("val", 50))}
-    shards.write_manifest(tmp_path, entries, SMALL, "a test")
-    opened = shards.open_dataset(tmp_path)
-    assert [len(s) for s in opened.splits["train"]] == [33] * 12 + [4]
-    assert opened.split("train").read(30, 350).tolist() == list(range(30, 380))
-
-
 LETTERS = CharTokenizer(["\n", "a", "b"])
 
 
@@ -215,7 +201,6 @@ LETTERS = CharTokenizer(["\n", "a", "b"])
         (LETTERS, [2, 1, 1], 2),  # the line break is in the val split only
         (CharTokenizer(["a", "b"]), [1, 0], 1),
         (GPT2Tokenizer(), [50, 198, 60], 198),
-        (GPT2Tokenizer(), [50, 198, 50256, 60], 50256),
         (GPT2Tokenizer(), [50, 60], 50),
         (BPETokenizer([]), [97, 10, 98], 10),
         (BPETokenizer([]), [97, 10, 256], 256),
@@ -223,8 +208,7 @@ LETTERS = CharTokenizer(["\n", "a", "b"])
 )
 def test_an_empty_prompt_begins_with_a_token_that_was_trained(tmp_path, tokenizer, train, start):
     """... after which a text begins anew, if there is one."""
-    entries = {split: write_shards(tmp_path, split, train, tokenizer) for split in ("train", "val")}
-    shards.write_manifest(tmp_path, entries, tokenizer, "a test")
+    write_dataset(tmp_path, {"train": train, "val": train}, tokenizer)
     assert shards.open_dataset(tmp_path).tokenizer.start == start
 
 

@@ -49,10 +49,9 @@ def write_rows(path, texts, column="text"):
     path.write_text("\n\n".join(lines) + "\n", encoding="utf-8")  # blank lines are no rows
 
 
-@pytest.fixture
-def part(request, tmp_path):
+def part_of(kind: str, tmp_path):
     """A part of each kind with TEXTS in it."""
-    kind, path = request.param, tmp_path / "file"
+    path = tmp_path / "file"
     if kind == "text":
         path.write_bytes("\n".join(TEXTS).encode())
         return TextPart(path, "train", 0, path.stat().st_size)
@@ -71,11 +70,9 @@ def part(request, tmp_path):
     return HubPart(str(tmp_path), "", "train", "text", None)
 
 
-KINDS = ["text", "separated", "jsonl", "parquet", "hub"]
-
-
-@pytest.mark.parametrize("part", KINDS, indirect=True)
-def test_reading_continues_at_any_place(part):
+@pytest.mark.parametrize("kind", ["text", "separated", "jsonl", "parquet", "hub"])
+def test_reading_continues_at_any_place(tmp_path, kind):
+    part = part_of(kind, tmp_path)
     groups = [(pieces, json.loads(json.dumps(place))) for pieces, place in read(part)]
     assert len(groups) > 5
     texts = ["".join(text for text, _ in pieces) for pieces, _ in groups]
@@ -135,7 +132,7 @@ def test_a_cut_in_the_bytes_changes_no_id(tmp_path_factory, gpt2_files, text, si
     assert [i for piece in pieces for i in gpt2.encode(piece.decode())] == gpt2.encode(text)
 
 
-@pytest.mark.parametrize("words", ["word ", "слово ", "かな\n", "汉字\n", "한글 ", "नमस्ते "])
+@pytest.mark.parametrize("words", ["word ", "汉字\n", "नमस्ते "])
 def test_texts_of_any_script_are_cut(tmp_path, monkeypatch, words):
     """Or the memory would grow with the file."""
     monkeypatch.setattr(sources, "ENCODED_AT_ONCE", 100)
@@ -144,10 +141,10 @@ def test_texts_of_any_script_are_cut(tmp_path, monkeypatch, words):
     assert max(len(text) for pieces, _ in part.read() for text, _ in pieces) < 150
 
 
-@pytest.mark.parametrize(("content", "byte"), [(b"x" * 100 + b"\xff" + b"y" * 100, 100), ("é".encode() * 50 + b"\xc3", 100)])
-def test_a_byte_that_is_no_utf8_is_found_at_its_place(tmp_path, content, byte):
+@pytest.mark.parametrize("content", [b"x" * 100 + b"\xff" + b"y" * 100, "é".encode() * 50 + b"\xc3"])
+def test_a_byte_that_is_no_utf8_is_found_at_its_place(tmp_path, content):
     (tmp_path / "odd.txt").write_bytes(content)
-    with pytest.raises(UserError, match=rf"odd\.txt is not UTF-8 \(byte {byte}\)"):
+    with pytest.raises(UserError, match=r"odd\.txt is not UTF-8 \(byte 100\)"):
         list(sources.decoded(tmp_path / "odd.txt"))
 
 
@@ -182,20 +179,15 @@ def test_every_nth_document_validates_whatever_it_lies_in(tmp_path):
         assert 0 <= first.share() <= 1
 
 
-def test_a_document_cut_between_splits_is_no_new_one(tmp_path):
+def test_a_document_cut_between_splits_is_no_new_one_and_one_that_goes_away_an_error(tmp_path):
     """No <|endoftext|> at a split's start, one between documents."""
     for name in "abc":
         (tmp_path / name).write_text(name * 10)
-    groups = list(Reader(text_parts([tmp_path / name for name in "abc"], 0.5), 100))
-    assert documents_of(groups) == {"train": "a" * 10 + "|" + "b" * 5, "val": "b" * 5 + "|" + "c" * 10}
-
-
-def test_a_file_that_goes_away_is_a_user_error(tmp_path):
-    write_rows(tmp_path / "a.jsonl", TEXTS)
-    reader = Reader([JsonPart(tmp_path / "a.jsonl", "text")], 2)
-    (tmp_path / "a.jsonl").unlink()
-    with pytest.raises(UserError, match=r"cannot read .*a\.jsonl: No such file"):
-        list(reader)
+    parts = text_parts([tmp_path / name for name in "abc"], 0.5)
+    assert documents_of(Reader(parts, 100)) == {"train": "a" * 10 + "|" + "b" * 5, "val": "b" * 5 + "|" + "c" * 10}
+    (tmp_path / "c").unlink()
+    with pytest.raises(UserError, match=r"cannot read .*c: No such file"):
+        list(Reader(parts, 100))
 
 
 # ---- what a user gets wrong -------------------------------------------------------------------------------------------
@@ -207,7 +199,6 @@ def test_a_file_that_goes_away_is_a_user_error(tmp_path):
         ('{"text": ', r"line 3 is not JSON"),
         ('{"body": "x", "id": 1}', r"line 3 has no column 'text': use --column=… \(it has body, id\)"),
         ('{"text": 5}', "line 3: column 'text' is int, not text"),
-        ('["text"]', "line 3 has no column"),
         ("[" * 100_000, "line 3 is not JSON"),
     ],
 )
@@ -248,40 +239,38 @@ def test_in_a_folder_with_rows_a_readme_is_no_document(tmp_path, capsys):
 # ---- the hub ----------------------------------------------------------------------------------------------------------
 
 
-def test_without_the_hub_the_message_says_what_works(monkeypatch):
-    hub = pytest.importorskip("huggingface_hub")
-    pytest.importorskip("datasets")
-
-    def unreachable(*args, **how):
-        raise OSError("no route")
-
-    monkeypatch.setattr(hub.HfApi, "dataset_info", unreachable)
-    with pytest.raises(UserError, match=r"could not reach .* \(no route\).*shakespeare, enwik8 or a folder") as e:
-        sources.hub_revision("owner/name", "")
-    assert "\n" not in str(e.value)
-
-
-def test_a_data_set_that_is_not_there_is_told_from_a_hub_that_is_not(monkeypatch):
-    hub = pytest.importorskip("huggingface_hub")
-    pytest.importorskip("datasets")
+def test_a_data_set_that_is_not_there_is_told_from_a_hub_that_is_not_and_from_one_that_needs_a_script(monkeypatch):
+    hub, datasets = pytest.importorskip("huggingface_hub"), pytest.importorskip("datasets")
     errors = pytest.importorskip("huggingface_hub.errors")
 
     class Answer:  # what the error wants of an HTTP library's response
         headers, request, status_code = {}, None, 404
 
-    def missing(*args, **how):
-        raise errors.RepositoryNotFoundError("404 Client Error.\n\nRepository Not Found", response=Answer())
+    def raising(error):
+        def answer(*args, **how):
+            raise error
 
-    monkeypatch.setattr(hub.HfApi, "dataset_info", missing)
-    with pytest.raises(UserError, match=r"the hub has no data set 'owner/name' that you may read: Repository Not Found"):
-        sources.hub_revision("owner/name", "")
+        return answer
+
+    missing = errors.RepositoryNotFoundError("404 Client Error.\n\nRepository Not Found", response=Answer())
+    for error, message in (
+        (OSError("no route"), r"could not reach .* \(no route\).*shakespeare, enwik8 or a folder"),
+        (missing, "the hub has no data set 'owner/name' that you may read: Repository Not Found"),
+    ):
+        monkeypatch.setattr(hub.HfApi, "dataset_info", raising(error))
+        with pytest.raises(UserError, match=message) as e:
+            sources.hub_revision("owner/name", "")
+        assert "\n" not in str(e.value)
+    scripts = RuntimeError("Dataset scripts are no longer supported, but found x.py")
+    monkeypatch.setattr(datasets, "load_dataset", raising(scripts))
+    with pytest.raises(UserError, match=r"x\.py: use --revision=refs/convert/parquet"):
+        HubPart("owner/x", "", "train", "text", None).open()
 
 
 @pytest.mark.parametrize(
     ("how", "message"),
     [
         (dict(splits={"": "nonsense"}), r"nonsense.*use another --subset=… or --split=…"),
-        (dict(subset="nonsense"), r"nonsense.*use another --subset=… or --split=…"),
         (dict(column="body"), r"has no column 'body': use --column=… \(it has id, text\)"),
     ],
 )
@@ -292,17 +281,6 @@ def test_a_wrong_name_of_a_split_a_subset_or_a_column_is_found_at_once(tmp_path,
     with pytest.raises(UserError, match=message) as e:
         sources.hub_parts(**arguments)
     assert "\n" not in str(e.value)
-
-
-def test_a_data_set_that_needs_a_script_is_refused_with_a_way_out(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
-
-    def scripts(*args, **how):
-        raise RuntimeError("Dataset scripts are no longer supported, but found x.py")
-
-    monkeypatch.setattr(datasets, "load_dataset", scripts)
-    with pytest.raises(UserError, match=r"x\.py: use --revision=refs/convert/parquet"):
-        HubPart("owner/x", "", "train", "text", None).open()
 
 
 def test_a_stream_that_breaks_off_can_resume(tmp_path, monkeypatch):
