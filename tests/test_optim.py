@@ -12,14 +12,12 @@ import optim
 from configurator import Config
 from model import GPT
 
-rates = st.floats(1e-6, 1.0)
-
 
 @st.composite
 def plans(draw, schedules=("cosine", "linear", "constant")):
     """A Config whose schedule is at least one step long, with min_lr below the peak."""
     steps = draw(st.integers(1, 200))
-    peak = draw(rates)
+    peak = draw(st.floats(1e-6, 1.0))
     return Config(
         max_steps=steps,
         warmup_steps=draw(st.integers(0, steps - 1)),
@@ -31,11 +29,13 @@ def plans(draw, schedules=("cosine", "linear", "constant")):
 
 @given(plans())
 def test_warm_up_rises_in_equal_steps_to_the_peak(cfg):
-    """The first step has one step's share of it already."""
+    """The first step has one step's share of it already. A constant schedule stays there."""
     rises = [optim.learning_rate(cfg, s) for s in range(cfg.warmup_steps + 1)]
     for step, rate in enumerate(rises[:-1]):
         assert rate == pytest.approx(cfg.learning_rate * (step + 1) / cfg.warmup_steps)
     assert rises[-1] == pytest.approx(cfg.learning_rate)  # the first step after it
+    if cfg.schedule == "constant":
+        assert {optim.learning_rate(cfg, s) for s in range(cfg.warmup_steps, cfg.max_steps + 1)} == {cfg.learning_rate}
 
 
 @given(plans(("cosine", "linear")))
@@ -57,11 +57,6 @@ def test_halfway_down_both_schedules_are_at_the_mean(cfg):
     assert optim.learning_rate(cfg, from_peak + 20) == pytest.approx(cfg.min_lr + span / 2)
     quarter = 0.75 if cfg.schedule == "linear" else 0.5 + math.sqrt(0.5) / 2
     assert optim.learning_rate(cfg, from_peak + 10) == pytest.approx(cfg.min_lr + span * quarter)
-
-
-@given(plans(("constant",)))
-def test_constant_stays_at_the_peak(cfg):
-    assert {optim.learning_rate(cfg, s) for s in range(cfg.warmup_steps, cfg.max_steps + 1)} == {cfg.learning_rate}
 
 
 def built(tiny, **settings) -> tuple[GPT, torch.optim.AdamW, Config]:
@@ -135,18 +130,3 @@ def test_adamw_is_the_papers_update(tiny, fused):
         optimizer.step()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.detach().double(), reference[name][0], rtol=1e-5, atol=1e-6)
-
-
-def test_fused_and_unfused_agree(tiny):
-    """Ten steps on the same gradients. (On each one's own they drift: the gradient of a key's bias is 0 but for rounding,
-    and Adam divides by its size.)"""
-    stepped = []
-    for fused in (True, False):
-        model, optimizer, _ = built(tiny, fused_adamw=fused)
-        noise = torch.Generator().manual_seed(1)
-        for _ in range(10):
-            for p in model.parameters():
-                p.grad = torch.randn(p.shape, generator=noise)
-            optimizer.step()
-        stepped.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    torch.testing.assert_close(*stepped, rtol=1e-6, atol=1e-6)
