@@ -82,6 +82,24 @@ def seal(folder: Path) -> None:
     edit_manifest(folder, lambda values: values.update(files=entries))
 
 
+def randomised(cfg, seed: int = 0) -> GPT:
+    """A model with every parameter random, padding rows included: zero biases and unit gains would hide mistakes."""
+    torch.manual_seed(seed)
+    model = GPT(cfg).eval()
+    for p in model.parameters():
+        p.data.normal_(mean=1.0 if p.dim() == 1 else 0.0, std=0.1)
+    return model
+
+
+@torch.inference_mode()
+def assert_same_logits(a, b, V: int, T: int = 8, atol: float = 1e-4) -> None:
+    """Of two models, ours or of transformers."""
+    idx = torch.randint(V, (2, T), generator=torch.Generator().manual_seed(3))
+    left, right = (out if isinstance(out, Tensor) else out.logits for out in (a(idx), b(idx)))
+    assert left.std() > 0.1  # there is something to compare
+    torch.testing.assert_close(left, right, rtol=0, atol=atol)
+
+
 def tree(folder: Path) -> dict[str, str]:
     """Every file below a folder with its sha256."""
     return {str(p.relative_to(folder)): sha256_of(p) for p in folder.rglob("*") if p.is_file()}
