@@ -2,7 +2,6 @@
 and they find out when they disagree.
 """
 
-import math
 import os
 import re
 import socket
@@ -11,9 +10,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ranks
 import torch
+import torch.distributed as dist
 from runs import equal, merged, state
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -59,10 +60,12 @@ def learn(cfg: Config, steps: int = 5) -> dict:
     return found
 
 
-VARIANTS = {
-    "clipped and accumulated": dict(grad_clip=0.05, batch_size=1),
-    "untied, padded, unclipped": dict(grad_clip=0.0, tie_weights=False, vocab_multiple=64),
-    "no biases, looped AdamW": dict(bias=False, fused_adamw=False, n_layer=3),
+VARIANTS = {  # name -> (settings, the kinds, how near the numbers must be; parameters are compared where that is rounding)
+    "clipped and accumulated": (dict(grad_clip=0.05, batch_size=1), KINDS, 1e-5),
+    "untied, padded, unclipped": (dict(grad_clip=0.0, tie_weights=False, vocab_multiple=64), KINDS, 1e-5),
+    "no biases, looped AdamW": (dict(bias=False, fused_adamw=False, n_layer=3), KINDS, 1e-5),
+    "bfloat16": (dict(dtype="bfloat16"), KINDS, 2e-2),
+    "float16": (dict(dtype="float16"), KINDS[:2], 2e-2),  # sharding is refused
 }
 
 
@@ -71,49 +74,30 @@ VARIANTS = {
     [
         (2, "clipped and accumulated"),
         pytest.param(4, "clipped and accumulated", marks=pytest.mark.slow),
-        pytest.param(2, "untied, padded, unclipped", marks=pytest.mark.slow),
-        pytest.param(2, "no biases, looped AdamW", marks=pytest.mark.slow),
+        *(pytest.param(2, variant, marks=pytest.mark.slow) for variant in [*VARIANTS][1:]),
     ],
 )
 def test_all_kinds_train_what_one_process_trains(cfg, tmp_path, world, variant):
     """Losses, gradient norms and every parameter after 5 steps."""
-    cfg = replace(cfg, **VARIANTS[variant])
+    settings, kinds, near = VARIANTS[variant]
+    cfg = replace(cfg, **settings)
     alone = learn(cfg)
-    if cfg.grad_clip:
+    if variant == "clipped and accumulated":
         assert all(norm > cfg.grad_clip for _, norm in alone["numbers"])
-    for kind in KINDS:
+    for kind in kinds:
         found = ranks.run(world, tmp_path / kind, learn, replace(cfg, parallel=kind, processes=world))
         whole = merged([f["state"] for f in found])
         assert whole.keys() == alone["state"].keys()
         for f in found:
             assert f["wrong"] == []
-            assert f["on"]["parallel"] == kind
-            assert f["on"]["processes"] == world
+            assert (f["on"]["parallel"], f["on"]["processes"]) == (kind, world)
             assert f["numbers"] == found[0]["numbers"]
-            for a, b in zip(f["numbers"], alone["numbers"], strict=True):
-                assert a == pytest.approx(b, rel=1e-5)
-        for name in (n for n, _ in GPT(cfg).named_parameters()):
+            assert np.array(f["numbers"]) == pytest.approx(np.array(alone["numbers"]), rel=near)
+        for name, _ in GPT(cfg).named_parameters() if near == 1e-5 else []:
             torch.testing.assert_close(whole[name], alone["state"][name], rtol=0, atol=1e-5, msg=f"{kind}: {name}")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_all_kinds_train_in_low_precision(cfg, tmp_path, dtype):
-    alone = learn(replace(cfg, dtype=dtype))
-    for kind in KINDS[: 3 if dtype == "bfloat16" else 2]:
-        for f in ranks.run(2, tmp_path / kind, learn, replace(cfg, parallel=kind, dtype=dtype)):
-            assert f["wrong"] == []
-            for a, b in zip(f["numbers"], alone["numbers"], strict=True):
-                assert a == pytest.approx(b, rel=2e-2)
-
-
-def test_sharding_in_float16_is_refused(cfg):
-    """The scaler would look for overflows in a process's own share."""
-    with pytest.raises(UserError, match="--dtype=bfloat16"):
-        build(replace(cfg, parallel="fsdp", dtype="float16"))
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS[1:])
 def test_a_single_process_is_the_same_under_each_kind(cfg, kind):
     assert equal(learn(replace(cfg, parallel=kind))["state"], learn(cfg)["state"])
 
@@ -125,28 +109,22 @@ def test_a_sharded_model_is_compiled_block_by_block(cfg, tmp_path):
     for f in ranks.run(2, tmp_path / "ranks", learn, replace(cfg, parallel="fsdp", compile=True), 3, timeout=120):
         assert f["wrong"] == []
         assert (f["on"]["compile"], f["on"]["compile_scope"]) == (True, "block")
-        for a, b in zip(f["numbers"], alone["numbers"], strict=True):
-            assert a == pytest.approx(b, rel=1e-4)
+        assert np.array(f["numbers"]) == pytest.approx(np.array(alone["numbers"]), rel=1e-4)
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_each_process_keeps_its_share_and_no_more(cfg, tmp_path, world):
+def test_each_process_keeps_its_share_and_no_more(cfg, tmp_path):
     """Parameters, gradients and two moments, 4 bytes each: all of them, half of them and a share of half, a share of all."""
     cfg = replace(cfg, n_embd=128)
     full = 16 * sum(p.numel() for p in GPT(cfg).parameters()) / 2**20
-    most = math.ceil(cfg.vocab_size / world) * world / cfg.vocab_size  # of rows that do not divide
+    held = {}
     for kind in KINDS:
-        found = ranks.run(world, tmp_path / kind, learn, replace(cfg, parallel=kind), 1)
-        held = found[0]["on"]["state_mib"]
-        assert [f["on"]["state_mib"] for f in found] == [held] * world
-        if kind == "ddp":
-            assert held == pytest.approx([full] * world, rel=0.01)
-        elif kind == "zero1":
-            assert sum(held) == pytest.approx(full * (world + 1) / 2, rel=0.01)
-            assert all(full / 2 < h < 0.9 * full for h in held)
-        else:
-            assert sum(held) == pytest.approx(full, rel=0.01)
-            assert all(h < 1.02 * most * full / world for h in held)
+        found = ranks.run(2, tmp_path / kind, learn, replace(cfg, parallel=kind), 1)
+        held[kind] = found[0]["on"]["state_mib"]
+        assert found[1]["on"]["state_mib"] == held[kind]
+    assert held["ddp"] == pytest.approx([full] * 2, rel=0.01)
+    assert sum(held["zero1"]) == pytest.approx(full * 3 / 2, rel=0.01)
+    assert all(full / 2 < h < 0.9 * full for h in held["zero1"])
+    assert held["fsdp"] == pytest.approx([full / 2] * 2, rel=0.02)
 
 
 def whole_during(cfg: Config) -> tuple[list[bool], list[bool]]:
@@ -212,34 +190,32 @@ def test_sharing_that_does_not_happen_is_found(cfg, tmp_path, kind, how):
 # ---- ranks that disagree -----------------------------------------------------------------------------------------------
 
 
-def disagree(facts: list[dict]) -> str:
-    world = parallel.start(CPU)
-    try:
-        parallel.check_same_on_all_ranks(world, facts[world.rank])
-    except UserError as e:
-        return str(e)
-    finally:
-        parallel.stop()
-    return ""
+def disagree(cases: list[list[dict]]) -> list[str]:
+    """What each case raises: the facts of all processes."""
+    world, found = parallel.start(CPU), []
+    for number, facts in enumerate(cases):
+        store = dist.PrefixStore(f"case {number}", world.store)
+        try:
+            parallel.check_same_on_all_ranks(replace(world, store=store), facts[world.rank])
+            found.append("")
+        except UserError as e:
+            found.append(str(e))
+    parallel.stop()
+    return found
 
 
-@pytest.mark.parametrize(
-    ("odd", "change"),
-    [(None, {}), (1, dict(seed=2)), (3, dict(more="x")), (1, dict(out_dir=None)), (3, dict(text="ü")), (1, dict(flag=1.5))],
-)
-def test_one_that_differs_is_named_by_all(tmp_path, odd, change):
-    facts = [dict(seed=1, out_dir="out", flag=True, text="") for _ in range(4)]
-    if odd:
-        facts[odd] = facts[odd] | change
-    messages = ranks.run(4, tmp_path / "ranks", disagree, facts)
-    assert len(set(messages)) == 1
-    if odd is None:
-        assert messages[0] == ""
-        return
-    ((name, value),) = change.items()
-    assert f"{name} is {facts[0].get(name)!r} in process 0 and {value!r} in process {odd}" in messages[0]
-    assert messages[0].count(" in process 0") == 1
-    assert "\n" not in messages[0]
+def test_one_that_differs_is_named_by_all(tmp_path):
+    usual = dict(seed=1, out_dir="out", flag=True, text="")
+    odd = [(2, dict(seed=2)), (3, dict(more="x")), (1, dict(out_dir=None)), (3, dict(text="ü")), (1, dict(flag=1.5))]
+    cases = [[usual | (change if rank == who else {}) for rank in range(4)] for who, change in [(None, {}), *odd]]
+    messages = ranks.run(4, tmp_path / "ranks", disagree, cases)
+    assert all(m == messages[0] for m in messages)
+    assert messages[0][0] == ""
+    for (who, change), message in zip(odd, messages[0][1:], strict=True):
+        ((name, value),) = change.items()
+        assert f"{name} is {usual.get(name)!r} in process 0 and {value!r} in process {who}" in message
+        assert message.count(" in process 0") == 1
+        assert "\n" not in message
 
 
 def start_unlike(cfgs: list[Config], code: list[str]) -> str:
@@ -254,26 +230,23 @@ def start_unlike(cfgs: list[Config], code: list[str]) -> str:
     return "nothing"
 
 
-@pytest.mark.parametrize("what", ["a setting", "data", "code"])
-def test_a_run_does_not_begin_unless_all_ranks_agree(cfg, tmp_path, prepared, text, what):
+@pytest.mark.parametrize("what", ["beta2", "data", "code"])
+def test_a_run_does_not_begin_unless_all_ranks_agree(cfg, tmp_path, text, what):
     import prepare_data
 
     cfgs, code = [cfg, cfg], ["1", "1"]
-    if what == "a setting":
-        cfgs[1], name = replace(cfg, beta2=0.9), "beta2"
+    if what == "beta2":
+        cfgs[1] = replace(cfg, beta2=0.9)
     elif what == "code":
-        code[1], name = "2", "code"
+        code[1] = "2"
     else:  # the same path on another machine, with other data in it
-        os.chdir(tmp_path)
         for rank, content in enumerate((text, text[::-1])):
             (tmp_path / "tiny.txt").write_text(content)
             prepare_data.main([str(tmp_path / "tiny.txt"), "--tokenizer=char", f"--data_dir={tmp_path / str(rank)}"])
-        cfgs, name = [replace(cfg, data_dir=str(tmp_path / str(r))) for r in (0, 1)], "data"
+        cfgs = [replace(cfg, data_dir=str(tmp_path / str(r))) for r in (0, 1)]
     messages = ranks.run(2, tmp_path / "ranks", start_unlike, cfgs, code)
     assert messages[0] == messages[1]
-    assert "ranks disagree" in messages[0]
-    assert f"{name} is " in messages[0]
-    assert "process 1" in messages[0]
+    assert re.search(rf"ranks disagree.*{what} is .*process 1", messages[0])
     assert "\n" not in messages[0]
     assert not Path(cfg.out_dir).exists()
 
@@ -372,18 +345,6 @@ def test_a_rendezvous_that_is_not_there_ends_in_one_line(tmp_path):
     assert re.match(
         r"\[rank 1\] error: process 1 of 2 could not reach the rendezvous at 127\.0\.0\.1:\d+: start all with one", line
     )
-
-
-def test_without_a_group_everything_is_the_identity():
-    t = torch.tensor([1.0, 2.0])
-    assert parallel.all_reduce_sum(t) is t
-    assert parallel.gather(t)[0] is t
-    assert (parallel.any_rank(True, CPU), parallel.any_rank(False, CPU)) == (True, False)
-    assert parallel.size() == 1
-    assert parallel.different_replicas(torch.nn.Linear(2, 2)) == []
-    parallel.barrier()
-    parallel.stop()
-    parallel.check_same_on_all_ranks(parallel.World(), {"a": object()})
 
 
 def reduce(_: object) -> tuple:
