@@ -268,7 +268,7 @@ def test_a_real_process_is_stopped_by_ctrl_c(cfg, root):
 def test_a_time_limit_saves_and_the_run_continues_later(cfg, uninterrupted, capsys):
     """As on a cluster that gives an hour at a time: no error, and the same run in the end."""
     train.train(replace(cfg, max_minutes=1e-6))
-    assert "stopped after 1e-06 minutes, after step 1: use --resume" in capsys.readouterr().out
+    assert "stopped after 1e-06 minutes, after step 1; to continue: python train.py" in capsys.readouterr().out
     train.train(replace(cfg, resume=True))
     assert_same(cfg, uninterrupted)
 
