@@ -1,6 +1,5 @@
 """Debian's headless Chromium, driven over its DevTools protocol through two pipes: nothing but the standard library."""
 
-import base64
 import json
 import os
 import shutil
@@ -90,8 +89,3 @@ class Browser:
     def complaints(self) -> list[str]:
         """What the console shows: refused loads, broken styles, errors."""
         return [e["params"]["entry"]["text"] for e in self.events if e.get("method") == "Log.entryAdded"]
-
-    def screenshot(self, path: Path) -> None:
-        """The whole page, as long as it is."""
-        image = self.ask("Page.captureScreenshot", captureBeyondViewport=True)["data"]
-        path.write_bytes(base64.b64decode(image))

@@ -3,8 +3,6 @@
 import copy
 import json
 import re
-import subprocess
-import sys
 from collections import Counter
 
 import numpy as np
@@ -12,16 +10,15 @@ import pytest
 import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
-from made_results import ALL, MACHINE, ab, ladder, rung, scale, shakespeare, verify, why
+from made_results import ALL, ab, ladder, rung, scale, shakespeare, verify, why
 
 from base.files import ROOT
-from configurator import GPTConfig
 from report import kinds, render, results, stats
 
 SOME = st.lists(st.floats(-100, 100).map(lambda v: round(v, 3)), min_size=2, max_size=12)
 
 
-@pytest.mark.parametrize("values", [[1.0, 2.0], [5.0, 1.0, 4.0, 2.0], [2.0] * 5, list(map(float, range(11)))])
+@pytest.mark.parametrize("values", [[1.0, 2.0], [5.0, 1.0, 4.0, 2.0], [2.0] * 5])
 def test_quartiles_are_numpys(values):
     assert tuple(stats.quartiles(values)) == pytest.approx(np.percentile(values, [50, 25, 75]))
 
@@ -62,7 +59,6 @@ def test_one_point_has_no_interval_and_two_have_one(statistic):
 def test_points_that_do_not_vary_have_no_interval():
     for found in (stats.interval([1.0, 1.0]), stats.extent([1.0, 1.0]), stats.difference([1.0, 1.0], [3.0, 3.0])):
         assert not found.known
-    assert stats.interval([1.0, 1.0]).text("{:g}".format) == "1"
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
@@ -77,13 +73,10 @@ def test_one_round_is_too_few_for_an_interval_and_says_so(kind, rounds):
     for speeds in result.get("tokens_per_s", {}).values():
         speeds[rounds:] = []
     text = kinds.as_text(result)
-    if rounds == 1:
-        assert re.findall(r"\[([^],]*), \1\]", text) == []
     assert "inf" not in text
     assert ("No intervals: 1 " in text) == (rounds == 1)
-    if rounds == 1 and kind == "ab":
-        assert "is faster" not in text
-        assert "is lower" not in text
+    if rounds == 1:
+        assert re.findall(r"\[([^],]*), \1\]|is faster|is lower", text) == []
 
 
 def test_a_law_at_its_bound_has_no_interval_and_a_prediction_without_one_no_verdict():
@@ -91,8 +84,7 @@ def test_a_law_at_its_bound_has_no_interval_and_a_prediction_without_one_no_verd
     result = scale()
     result["fit"]["intervals"]["E"] = [0.9, 0.9]
     result["held_out"]["predicted"] |= dict(low=None, high=None)
-    table = kinds.blocks(result)[1]
-    assert table.rows[0][1] == "1"
+    assert kinds.blocks(result)[1].rows[0][1] == "1"
     text = kinds.as_text(result)
     assert "No intervals: 4 models are too few" in text
     assert "95% interval" not in text.lower().replace("[95%]", "")
@@ -114,14 +106,6 @@ def test_difference_is_what_welchs_test_does_not_reject(a, b):
         for end in (low, high):
             moved = [v - end for v in b]
             assert scipy.stats.ttest_ind(a, moved, equal_var=False).pvalue == pytest.approx(0.05, rel=1e-3)
-
-
-@pytest.mark.parametrize("T", [0, 256])
-def test_flops_are_counted_for_the_trained_sequence_length(T):
-    """Of a recorded config, which has many more fields than a model; 0 is the whole block."""
-    model = dict(n_layer=3, n_head=3, n_embd=96, vocab_size=1000, vocab_multiple=128, block_size=512)
-    expected = GPTConfig(**model).flops_per_token(T or 512)
-    assert results.flops_per_token(model | dict(sequence_length=T, learning_rate=1e-3, a_field_of_1999=7)) == expected
 
 
 def test_numbers_of_the_ladders_table():
@@ -148,21 +132,12 @@ def test_skipped_rows_with_one_reason_share_a_line():
     assert "Skipped on this machine: TF32, fp32 matmuls in bf16 (no such unit)." in kinds.as_text(result)
 
 
-def test_mfu_is_a_column_where_the_peak_is_known():
-    result = ladder()
-    assert "MFU" not in kinds.as_text(result)
-    result["ceilings"]["peak_flops"] = 1e12
-    assert "MFU" in kinds.blocks(result)[0].head
-    assert len({len(row) for row in (kinds.blocks(result)[0].head, *kinds.blocks(result)[0].rows)}) == 1
-
-
 @pytest.mark.parametrize(
     ("dtype", "precision", "key"),
     [
         ("float32", "ieee", "gemm_float32_flops"),
         ("float32", "tf32", "gemm_tf32_flops"),
         ("float32", "bf16", "gemm_bfloat16_flops"),
-        ("bfloat16", "ieee", "gemm_bfloat16_flops"),
         ("float16", "tf32", "gemm_bfloat16_flops"),
     ],
 )
@@ -179,12 +154,16 @@ def test_ablations_and_candidates_name_what_changed():
     assert [results.label(row, "candidates") for row in rows[1:]] == ["micro-batch 8", "compile_mode=max-autotune"]
 
 
-def test_a_rung_that_learns_something_else_is_marked():
+def test_a_rung_that_learns_something_else_is_marked_and_mfu_shown_where_the_peak_is_known():
     """Within rounding it is a number, beyond it the row says so."""
     result = ladder()
-    assert "TOO FAR" not in kinds.as_text(result)
+    assert not any(words in kinds.as_text(result) for words in ("TOO FAR", "MFU"))
     result["rungs"][2]["losses"] = [4.6, 4.5004]  # float32
     assert "TOO FAR" in kinds.as_text(result)
+    result["ceilings"]["peak_flops"] = 1e12
+    table = kinds.blocks(result)[0]
+    assert "MFU" in table.head
+    assert {len(row) for row in table.rows} == {len(table.head)}
 
 
 def test_why_sums_to_its_step_and_advises_what_is_worth_it():
@@ -213,30 +192,19 @@ def test_the_numbers_of_a_run_can_be_shown_without_its_sample():
     assert "| validation loss | 6.50 |" in numbers
 
 
-@pytest.mark.parametrize("result", ALL, ids=lambda r: r["kind"])
-def test_every_kind_has_text_for_a_terminal(result):
-    text = kinds.as_text(result)
-    assert MACHINE["hardware"] in text
-    assert "| " not in text  # no Markdown
-
-
+# Files from earlier versions included: what was measured stays readable.
 RECORDED = [p for p in sorted((ROOT / "results").rglob("*.json")) if "kind" in json.loads(p.read_text(encoding="utf-8"))]
 
 
-@pytest.mark.parametrize("path", RECORDED, ids=lambda p: p.stem)
-def test_every_recorded_result_still_has_text(path):
-    """Files from earlier versions included: what was measured stays readable."""
-    assert "commit" in kinds.as_text(results.load(path))
-
-
-@pytest.mark.parametrize("width", [80, 200])
-@pytest.mark.parametrize("path", RECORDED, ids=lambda p: p.stem)
-def test_tables_fit_the_terminal(path, width, monkeypatch):
+@pytest.mark.parametrize("result", [*map(results.load, RECORDED), *ALL], ids=lambda r: r["kind"])
+def test_tables_fit_the_terminal(result, monkeypatch):
     """No line is longer, no word is lost, and each part begins with the rows' names. The ladder was 160 columns wide."""
-    monkeypatch.setenv("COLUMNS", str(width))
-    for table in (b for b in kinds.blocks(results.load(path)) if isinstance(b, render.Table)):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert "commit" in kinds.as_text(result)
+    assert "| " not in kinds.as_text(result)  # no Markdown
+    for table in (b for b in kinds.blocks(result) if isinstance(b, render.Table)):
         text = render.text([table])
-        assert max(map(len, text.splitlines())) <= width
+        assert max(map(len, text.splitlines())) <= 80
         parts = len(re.findall("^-", text, re.MULTILINE))
         expected = Counter(" ".join(cell for row in [table.head, *table.rows] for cell in row).split())
         names = Counter(" ".join(row[0] for row in [table.head, *table.rows]).split())
@@ -252,8 +220,3 @@ def test_a_table_that_fits_is_not_wrapped():
     narrow = render.text_table(table, 40).splitlines()
     assert len(narrow) > 3
     assert max(map(len, narrow)) <= 40
-
-
-def test_torch_is_not_imported():
-    code = "import sys; from report import __main__; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

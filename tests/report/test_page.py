@@ -24,17 +24,15 @@ def test_plots_are_outlines_and_the_same_each_time(house):
     assert plots.svg_text(plots.plot_isoflop(result), source) != again  # too few points for intervals
 
 
-@pytest.mark.parametrize("name", ["compile", "a_setting_with_a_name_that_is_far_too_long_for_a_label"])
-def test_no_label_is_cut_off(name):
+def test_no_label_is_cut_off():
     result = ladder()
-    result["rungs"][2]["changes"] = {name: ["what it was before", "what it is now"]}
+    result["rungs"][2]["changes"] = {
+        "a_setting_with_a_name_that_is_far_too_long_for_a_label": ["what it was before", "what it is now"]
+    }
     figure = plots.plot_speed(result)
     figure.draw_without_rendering()
     inside = figure.get_tightbbox().transformed(figure.dpi_scale_trans)
-    assert inside.x0 >= 0
-    assert inside.y0 >= 0
-    assert inside.x1 <= figure.bbox.x1
-    assert inside.y1 <= figure.bbox.y1
+    assert min(inside.x0, inside.y0, figure.bbox.x1 - inside.x1, figure.bbox.y1 - inside.y1) >= 0
 
 
 def test_page_holds_everything_and_asks_for_nothing(house):
@@ -49,7 +47,7 @@ def test_page_holds_everything_and_asks_for_nothing(house):
     assert all(a.startswith(("#", "data:,")) or b.strip("\"'").startswith("#") for a, b in asks)
 
 
-def test_headings_are_unique(house):
+def test_headings_are_unique(house, root):
     """Of two configs measured by one command, of two machines, and of two that call themselves the same."""
     for place, hardware, name, which in (
         ("a-machine", "A machine, 2 cores", "ab_a_b.json", ab()),
@@ -67,11 +65,8 @@ def test_headings_are_unique(house):
     assert len(headings) == len(set(headings)) == 1 + 3 + 14
     assert ("h3", "Two configs: a_c_T32, A machine, 2 cores") in headings
     assert ("h2", "Another machine, 4 cores (another-2)") in headings
-
-
-def test_headings_of_this_repository_are_unique(root):
-    headings = re.findall(r"<h[123]>(.*?)</h", (root / "docs" / "index.html").read_text(encoding="utf-8"))
-    assert len(headings) == len(set(headings)) > 10
+    ours = re.findall(r"<h[123]>(.*?)</h", (root / "docs" / "index.html").read_text(encoding="utf-8"))
+    assert len(ours) == len(set(ours)) > 10
 
 
 @pytest.fixture(scope="module")
@@ -106,16 +101,3 @@ def test_page_in_a_browser(house, browser, width, scheme):
     assert browser.value("new Set([...document.querySelectorAll('[id]')].map(e => e.id)).size") == browser.value(
         "document.querySelectorAll('[id]').length"
     )
-    picture = house / f"{width}{scheme}.png"
-    browser.screenshot(picture)
-    assert picture.stat().st_size > 20_000
-
-
-@pytest.mark.slow
-def test_browser_sees_what_leaves_the_page(browser, tmp_path):
-    """The test above could not fail otherwise: a page that loads something is caught."""
-    path = tmp_path / "leaks.html"
-    path.write_text('<img src="http://example.invalid/x.png"><div style="width: 900px">wide</div>', encoding="utf-8")
-    browser.show(path.as_uri(), 360, "light")
-    assert browser.requests() == [path.as_uri(), "http://example.invalid/x.png"]
-    assert browser.value("document.documentElement.scrollWidth") > 360
