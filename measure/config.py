@@ -48,7 +48,7 @@ class BenchConfig:
         """The same with every 0 filled in."""
         gpu = device_type == "cuda"
         B = self.batch_size or (16 if gpu else 4)
-        T = self.sequence_length or (1024 if gpu else 256) // (4 if self.quick else 1)
+        T = self.sequence_length or (1024 if gpu else 256) // (8 if self.quick else 1)
         few = dict(rounds=1, seeds=min(self.seeds, 2), steps=min(self.steps, QUICK_STEPS)) if self.quick else {}
         tokens = self.tokens_per_step or B * T * (4 if gpu else 1)
         layers = self.n_layer or (QUICK_LAYERS if self.quick else 12)

@@ -114,7 +114,9 @@ def whole_run(paths: list[str], asked: BenchConfig, device: torch.device) -> dic
         seconds = {"train": time.perf_counter() - began}
         evaluate = scripts.run("evaluate.py", out, *places, f"--out={folder}/evaluation.json")
         sample = scripts.run("sample.py", out, "--max_new_tokens=150", "--temperature=0.8", places[1])
-        evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+        # absolute paths of this machine do not belong in a result
+        text = (folder / "evaluation.json").read_text(encoding="utf-8").replace(f"{folder}/", "")
+        evaluation = json.loads(text.replace(str(Path(sizes.data_dir).resolve()), sizes.data_dir))
     steps = steps_of(records)
     return header("run", sizes) | {
         "config": paths[0],
