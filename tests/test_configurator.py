@@ -50,6 +50,9 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(config_file):
     assert cfg.out_dir.endswith("mine")  # named after the file
 
 
+BY_HAND = dict(n_head=6, n_embd=1536, block_size=2048, sequence_length=512, tokens_per_step=2**20, min_lr=1e-5)
+
+
 def other_value(field: dataclasses.Field):
     """A value that the field allows and that is not its default."""
     choices = get_args(field.type)
@@ -59,16 +62,8 @@ def other_value(field: dataclasses.Field):
         return field.default + 1
     if choices:
         return next(c for c in choices if c != field.default)
-    by_hand = {
-        "n_head": 6,
-        "n_embd": 1536,
-        "block_size": 2048,
-        "sequence_length": 512,
-        "tokens_per_step": 2**20,
-        "min_lr": 1e-5,
-    }
     values = {int: field.default + 1 if isinstance(field.default, int) else 0, float: 0.25, str: "some text"}
-    return by_hand.get(field.name, values[field.type])
+    return BY_HAND.get(field.name, values[field.type])
 
 
 @pytest.mark.parametrize("field", dataclasses.fields(Config), ids=lambda f: f.name)
@@ -88,12 +83,10 @@ def test_every_setting_can_be_typed_in_every_form(field, config_file):
         assert type(getattr(found, field.name)) is type(value)
 
 
-@pytest.mark.parametrize(
-    ("given", "name", "value"),
-    [("--max_steps=1e3", "max_steps", 1000), ("--compile=false", "compile", False), ("--learning_rate=1", "learning_rate", 1)],
-)
-def test_a_value_may_be_written_as_people_write_it(given, name, value):
-    assert getattr(load([given], ""), name) == value
+def test_a_value_may_be_written_as_people_write_it(config_file):
+    """A bare flag does not swallow the config file."""
+    cfg = load(["--max_steps=1e3", "--compile=false", "--learning_rate=1", "--resume", config_file("Config(seed=5)")], "")
+    assert (cfg.max_steps, cfg.compile, cfg.learning_rate, cfg.resume, cfg.seed) == (1000, False, 1, True, 5)
 
 
 def test_a_config_file_is_found_beside_train_py_from_any_folder(root, tmp_path, monkeypatch):
@@ -104,30 +97,19 @@ def test_a_config_file_is_found_beside_train_py_from_any_folder(root, tmp_path, 
     assert replace(found, curve="") == replace(here, curve="")
 
 
-def test_a_bare_flag_does_not_swallow_the_config_file(config_file):
-    cfg = load(["--resume", config_file("Config(seed=5)")], "")
-    assert cfg.resume is True
-    assert cfg.seed == 5
-
-
 # ---- what is mistyped is refused --------------------------------------------------------------------------------------
 
 BAD_VALUES = {  # setting = value as typed -> (value in a file, what the message must say)
-    "batch_size=many": ("'many'", "batch_size"),
     "batch_size=0": ("0", "at least 1"),
     "batch_size=2.5": ("2.5", "batch_size"),
-    "max_steps=-1": ("-1", "at least 0"),
     "dropout=1.5": ("1.5", r"\[0, 1\)"),
-    "dropout=nan": ("float('nan')", "finite"),
     "learning_rate=inf": ("float('inf')", "finite"),
     "beta1=1.0": ("1.0", r"\[0, 1\)"),
     "bias=maybe": ("'maybe'", "True.*False"),
     "compile=yes": ("'yes'", "True.*auto|auto.*True"),
     "dtype=bf16": ("'bf16'", "float32.*bfloat16.*float16"),
-    "schedule=cosin": ("'cosin'", "cosine.*linear.*constant"),
     "n_head=5": ("5", "use --n_head=4"),
     "tokens_per_step=1000": ("1000", "use --tokens_per_step=1024"),
-    "block_size=0": ("0", "at least 1"),
     "sequence_length=2000": ("2000", "block_size=1024"),
 }
 
@@ -142,34 +124,18 @@ def test_a_bad_value_is_refused_in_flag_and_file(typed, config_file):
     assert path in refused([path])
 
 
-def test_a_bad_value_in_a_file_is_named_with_its_line(config_file):
-    path = config_file("Config(batch_size=0)", "x = 1\n")
-    assert f"{path}, line 4" in refused([path])
-
-
-@pytest.mark.parametrize("value", ["True", "1.0", "'1'", "None"])
-def test_a_whole_number_is_nothing_that_looks_like_one(value, config_file):
-    """True is an int to Python; to a reader of `batch_size=True` it is a slip."""
-    assert "whole number" in refused([config_file(f"Config(batch_size={value})")])
-
-
 @pytest.mark.parametrize(
-    ("typo", "meant"), [("batchsize", "batch_size"), ("learning_rat", "learning_rate"), ("n_heads", "n_head")]
+    ("name", "answer"),
+    [
+        ("batchsize", "batchsize is not a setting: did you mean batch_size"),
+        ("max_iters", "nanoGPT's max_iters is max_steps"),
+        ("gradient_accumulation_steps", "nanoGPT's gradient_accumulation_steps is tokens_per_step"),
+    ],
 )
-def test_a_typo_names_the_near_setting(typo, meant, config_file):
-    for where in ([f"--{typo}=1"], [f"--{typo}"], [config_file(f"Config({typo}=1)")]):
-        assert f"{typo} is not a setting" in refused(where)
-        assert meant in refused(where)
+def test_a_typo_names_the_near_setting_and_a_name_of_nanogpts_ours(name, answer, config_file):
+    for where in ([f"--{name}=1"], [f"--{name}"], [config_file(f"Config({name}=1)")]):
+        assert answer in refused(where)
     assert "--help" in refused(["--zzzzzzzz=1"])
-
-
-@pytest.mark.parametrize(
-    ("name", "ours"), [("max_iters", "max_steps"), ("lr", "learning_rate"), ("gradient_accumulation_steps", "tokens_per_step")]
-)
-def test_a_name_of_nanogpt_is_answered_with_ours(name, ours, config_file):
-    assert ours in dir(Config)
-    for where in ([f"--{name}=1"], [config_file(f"Config({name}=1)")]):
-        assert f"nanoGPT's {name} is {ours}" in refused(where)
 
 
 def test_the_page_for_those_who_come_from_nanogpt_has_every_name(root):
@@ -196,24 +162,10 @@ def test_a_config_of_nanogpt_is_answered_with_its_translation(tmp_path, capsys):
     assert (cfg.n_layer, cfg.n_embd, cfg.dropout, cfg.beta2, cfg.compile) == (6, 384, 0.2, 0.99, False)
 
 
-def test_a_typo_in_the_file_name_names_the_near_file(root, monkeypatch):
-    monkeypatch.chdir(root)
-    assert "did you mean config/shakespeare.py" in refused(["config/shakespear.py"])
-
-
 @pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["config/shakespeare.py", "config/other.py"], "one argument too many"),
-        (["--seed"], "seed"),
-        (["-x"], "-x"),
-        (["--"], "not a setting"),
-        (["--=3"], "not a setting"),
-        (["--seed=99999999999999999999"], "seed"),  # no generator takes more than 64 bits
-    ],
+    ("argv", "message"), [(["--seed"], "seed"), (["-x"], "-x"), (["--"], "not a setting"), (["--=3"], "not a setting")]
 )
-def test_other_slips_of_the_command_line(argv, message, root, monkeypatch):
-    monkeypatch.chdir(root)
+def test_other_slips_of_the_command_line(argv, message):
     assert message in refused(argv)
 
 
@@ -221,8 +173,7 @@ def test_other_slips_of_the_command_line(argv, message, root, monkeypatch):
     ("before", "expression", "line", "what"),
     [
         ("x = (", "1", 2, "SyntaxError"),
-        ("x = 1\ny = z", "Config()", 3, "NameError"),
-        ("import no_such_module", "Config()", 2, "no_such_module"),
+        ("x = 1", "Config(batch_size=0)", 3, "at least 1"),
         ("def f():\n    return 1 / 0\n", "f()", 3, "ZeroDivisionError"),
         ("raise RuntimeError('two\\nlines')", "Config()", 2, "RuntimeError"),
     ],
@@ -240,15 +191,9 @@ def test_a_file_that_is_no_python_text_is_refused(tmp_path, content):
     assert str(path) in refused([str(path)])
 
 
-@pytest.mark.parametrize("expression", ["3", "dict(seed=1)", "None"])
-def test_a_file_must_end_with_a_config(config_file, expression):
-    path = config_file(expression)
+def test_a_file_must_end_with_a_config(config_file):
+    path = config_file("dict(seed=1)")
     assert f"{path} must end with" in refused([path])
-
-
-def test_nothing_assigns_to_a_config():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        Config().seed = 2
 
 
 # ---- what follows from the settings -----------------------------------------------------------------------------------
@@ -290,11 +235,6 @@ def test_the_remedy_for_n_head_works(n_embd, n_head):
     assert GPTConfig(n_embd=n_embd, n_head=remedy).n_head == remedy
 
 
-def test_diff_says_what_differs_and_nothing_else():
-    assert configurator.diff(Config(), Config()) == {}
-    assert configurator.diff(Config(), Config(seed=2, bias=False)) == {"seed": (1337, 2), "bias": (True, False)}
-
-
 def test_describe_shows_what_differs_in_lines_of_120_columns():
     changed = {f.name: other_value(f) for f in dataclasses.fields(Config)}
     text = configurator.describe(Config(**changed))
@@ -306,14 +246,9 @@ def test_describe_shows_what_differs_in_lines_of_120_columns():
 # ---- JSON -------------------------------------------------------------------------------------------------------------
 
 
-def config_files(root):
-    return sorted(p for p in (root / "config").rglob("*.py") if p.name != "__init__.py")
-
-
 def test_every_file_under_config_loads_says_what_it_is_and_survives_json(root, monkeypatch):
     monkeypatch.chdir(root)
-    assert len(config_files(root)) >= 2
-    for path in config_files(root):
+    for path in sorted(p for p in (root / "config").rglob("*.py") if p.name != "__init__.py"):
         cfg = configurator.load_file(str(path))
         assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no docstring"
         assert configurator.from_json(json.dumps(asdict(cfg)), Config) == cfg
@@ -326,12 +261,10 @@ def test_every_file_under_config_loads_says_what_it_is_and_survives_json(root, m
         ("[1]", "not a JSON object"),
         ("[" * 100_000, "not JSON"),
         ('{"batchsize": 1}', "batchsize is not a setting of Config: did you mean batch_size"),
-        ('{"__class__": "x"}', "not a setting"),
         ('{"batch_size": "4"}', "whole number"),
-        ('{"batch_size": true}', "whole number"),
+        ('{"batch_size": true}', "whole number"),  # an int to Python, to a reader a slip
         ('{"dropout": NaN}', "finite"),
         ('{"dropout": null}', "finite"),
-        ('{"dtype": "int4"}', "float32"),
         ('{"dtype": []}', "float32"),
         ('{"compile": 1}', "True or False"),
         ('{"n_embd": 7}', "not divisible"),
