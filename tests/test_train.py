@@ -258,7 +258,7 @@ def test_a_real_process_is_stopped_by_ctrl_c(cfg, root):
     assert process.returncode == 130
     assert err == ""
     last = max(losses(cfg))
-    assert f"stopped by a signal after step {last}: use --resume" in out
+    assert f"stopped by a signal after step {last}; to continue: python train.py" in out
     assert restore.newest(Path(cfg.out_dir)).name == f"step_{last:08d}"
 
 

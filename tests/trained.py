@@ -64,10 +64,6 @@ def make(shape, seed: int = 0, steps: int = 2) -> Trained:
     return Trained(cfg, model, optimizer, CharTokenizer([chr(65 + i) for i in range(cfg.vocab_size)]))
 
 
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
 def edit_manifest(folder: Path, change: Callable[[dict], None]) -> None:
     path = folder / "manifest.json"
     values = json.loads(path.read_text())
@@ -98,8 +94,3 @@ def assert_same_logits(a, b, V: int, T: int = 8, atol: float = 1e-4) -> None:
     left, right = (out if isinstance(out, Tensor) else out.logits for out in (a(idx), b(idx)))
     assert left.std() > 0.1  # there is something to compare
     torch.testing.assert_close(left, right, rtol=0, atol=atol)
-
-
-def tree(folder: Path) -> dict[str, str]:
-    """Every file below a folder with its sha256."""
-    return {str(p.relative_to(folder)): sha256_of(p) for p in folder.rglob("*") if p.is_file()}

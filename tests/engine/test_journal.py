@@ -37,13 +37,12 @@ def clock(monkeypatch):
 
 
 @pytest.mark.parametrize("seconds", [0.0157, 9.9994, 12.397])
-@pytest.mark.parametrize("tokens", [999_999, 15_305_000])
-@pytest.mark.parametrize("norm", [0.4321, 99.994, 99.996, 1234.56, 3e38, math.nan])
-def test_a_log_line_fits_120_columns(tmp_path, monkeypatch, capsys, clock, seconds, tokens, norm):
+@pytest.mark.parametrize("norm", [0.4321, 99.996, 3e38, math.nan])
+def test_a_log_line_fits_120_columns(tmp_path, monkeypatch, capsys, clock, seconds, norm):
     """A GPT-2 whose numbers are as wide as they get: 19,073 steps, a full GPU, ten hours to go."""
     monkeypatch.setattr(journal.machine, "memory_gib", lambda device: 139.94)
     monkeypatch.setattr(journal.machine, "peak_flops", lambda device: 1e17 / seconds)
-    cfg = SimpleNamespace(**asdict(Config(max_steps=19_073, log_interval=1)) | dict(tokens_per_step=seconds * tokens, T=1024))
+    cfg = SimpleNamespace(**asdict(Config(max_steps=19_073, log_interval=1)) | dict(tokens_per_step=seconds * 15e6, T=1024))
     cfg.flops_per_token = Config().flops_per_token
     log = opened(cfg, tmp_path)
     for step in (1, 10_000):
@@ -82,13 +81,14 @@ def test_a_duration_is_two_units_at_most(seconds, text):
     assert journal.duration(seconds) == text
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_is_null(tmp_path, value):
+def test_what_is_not_finite_is_null(tmp_path):
     log = opened(Config(), tmp_path)
-    log.step(Progress(step=1), StepResult(loss=value, grad_norm=value, lr=1e-4, seconds=1.0), last=False)
+    values = math.nan, math.inf, -math.inf
+    for value in values:
+        log.step(Progress(step=1), StepResult(loss=value, grad_norm=value, lr=1e-4, seconds=1.0), last=False)
     log.close()
-    (record,) = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert (record["loss"], record["grad_norm"], record["lr"]) == (None, None, 1e-4)
+    found = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(r["loss"], r["grad_norm"], r["lr"]) for r in found] == [(None, None, 1e-4)] * len(values)
 
 
 @pytest.mark.parametrize("rest", ['{"step": 99, "lo', '{"step": 99, "loss": 1.0, "grad_norm": 1.0, "lr": 1.0}', "\0\0\0"])
@@ -107,7 +107,7 @@ def test_half_a_line_is_cut_on_resuming(cfg, rest):
 @pytest.mark.parametrize(
     "make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["folder", "fifo", "zero"]
 )
-@pytest.mark.parametrize("resume", [False, True, "auto"])
+@pytest.mark.parametrize("resume", [False, True])
 def test_a_log_that_is_no_file_is_refused_in_one_line(cfg, make, resume):
     """And neither waited for nor read to its end."""
     log = Path(cfg.out_dir) / "log.jsonl"

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import equal, events, losses, state
 from spoil import louder, spoiled
 
 import train
 from configurator import Config
-from engine import checkpoint, restore
+from engine import restore
 from engine.outliers import Outliers, TrainingStopped
 from engine.run import Run, build
 
@@ -38,7 +38,7 @@ NUMBERS = st.one_of(
 )
 
 
-def judged(losses: list[float], z: float, window: int) -> list[float | None]:
+def judged(losses: list[float], window: int) -> list[float | None]:
     """By numpy: the score of each number against the `window` finite ones before it, None if there are not so many."""
     found = []
     for i, value in enumerate(losses):
@@ -56,7 +56,7 @@ def judged(losses: list[float], z: float, window: int) -> list[float | None]:
 def test_an_outlier_is_what_numpy_says_it_is(values, z, window):
     found = Outliers(Config(outlier_z=z, outlier_window=window))
     flagged = 0
-    for value, score in zip(values, judged(values, z, window), strict=True):
+    for value, score in zip(values, judged(values, window), strict=True):
         said = found.judge(loss=value, gradient_norm=1.0)
         if score is not None and abs(score - z) < 1e-9 * max(1.0, abs(score)):
             return  # too near to tell apart
@@ -67,25 +67,16 @@ def test_an_outlier_is_what_numpy_says_it_is(values, z, window):
             assert re.fullmatch(rf"loss \S+ is \S+ standard deviations above the {window} steps before \(\S+\)", said)
 
 
-def test_nothing_stands_out_where_nobody_looks():
-    found = Outliers(Config(outlier_z=0.0, outlier_window=2))
-    assert [found.judge(loss=v) for v in (1.0, 1.0, 1.0, 1e9)] == [None] * 4
-
-
-def test_a_drop_is_no_outlier_and_a_new_level_becomes_normal():
-    found = Outliers(Config(outlier_z=4.0, outlier_window=5))
-    said = [found.judge(loss=v) for v in [3.0, 3.1] * 5 + [0.1] + [3.0, 3.1] * 5 + [9.0] * 8]
-    assert [i for i, s in enumerate(said) if s] == [21]
-    assert "loss 9" in said[21]
-
-
 def test_either_number_is_judged_by_its_own_past():
+    """And nothing stands out where nobody looks."""
     found = Outliers(Config(outlier_z=5.0, outlier_window=4))
     for i in range(4):
         assert found.judge(loss=3.0 + 0.1 * (i % 2), gradient_norm=0.5 + 0.1 * (i % 2)) is None
     assert found.judge(loss=3.05, gradient_norm=3.05).startswith("gradient_norm 3.05")
     assert found.judge(loss=9.0, gradient_norm=0.5).startswith("loss 9")
     assert found.count == 2
+    off = Outliers(Config(outlier_z=0.0, outlier_window=2))
+    assert [off.judge(loss=v) for v in (1.0, 1.0, 1.0, 1e9)] == [None] * 4
 
 
 @given(
@@ -112,27 +103,17 @@ def test_a_resumed_run_judges_as_if_it_had_not_stopped(values, cut, windows):
 
 def test_the_window_travels_with_the_run(cfg):
     """Stopped and resumed, its checkpoint holds what it would have held."""
-    train.train(cfg)
+    cfg = replace(cfg, schedule="constant")
     halves = replace(cfg, out_dir=cfg.out_dir + "_2")
-    train.train(replace(halves, max_steps=3, schedule="constant"))
+    train.train(cfg)
+    train.train(replace(halves, max_steps=3))
     train.train(replace(halves, resume=True))
-    kept = []
-    for c in (cfg, halves):
-        kept.append(json.loads((restore.newest(Path(c.out_dir)) / "training.json").read_text())["outliers"])
-    assert [len(k["before"]["loss"]) for k in kept] == [6, 6]
-    assert kept[0]["before"]["loss"][:2] == kept[1]["before"]["loss"][:2]  # the schedules differ from the third step on
+    kept = [restore.read_training(restore.newest(Path(c.out_dir)))["outliers"] for c in (cfg, halves)]
+    assert kept[0] == kept[1]
+    assert len(kept[0]["before"]["loss"]) == 6
 
 
 # ---- what is done about it ----------------------------------------------------------------------------------------------
-
-
-def state(run: Run) -> dict[str, torch.Tensor]:
-    weights, moments = checkpoint.state_tensors(run.model, run.optimizer)
-    return {n: t.clone() for n, t in (weights | moments).items()}
-
-
-def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def with_an_outlier(cfg: Config, at: int = 4) -> Run:
@@ -188,9 +169,8 @@ def test_a_skipped_step_is_one_that_never_was(cfg, engine):
 def test_an_outlier_is_flagged_counted_and_logged(cfg, monkeypatch, capsys, policy):
     spoiled(monkeypatch, train, louder, 5)
     train.train(replace(cfg, outlier_window=3, on_outlier=policy))
-    found = [json.loads(line) for line in (Path(cfg.out_dir) / "log.jsonl").read_text().splitlines()]
-    (event,) = [r for r in found if r.get("event") == "outlier" and r["step_done"] == 5]
+    (event,) = [r for r in events(cfg, "outlier") if r["step_done"] == 5]
     assert event["on_outlier"] == policy
     assert "standard deviations above the 3 steps before" in event["what"]
     assert re.search(r"step +5: .* standard deviations above .*; 1 so far", capsys.readouterr().out)
-    assert max(r["step"] for r in found if "loss" in r) == 6
+    assert max(losses(cfg)) == 6

@@ -13,7 +13,6 @@ from runs import assert_same, events, records, weights
 
 import optim
 import train
-from base import errors
 from configurator import Config
 from engine.run import Run, build
 
@@ -57,18 +56,14 @@ def short_of_memory(monkeypatch):
     return arrange
 
 
-@pytest.mark.parametrize("batch_size", [8, "auto"])
-@pytest.mark.parametrize(("most", "fits"), [(7, 4), (3, 2), (1, 1)])
-def test_out_of_memory_is_the_same_run_in_smaller_micro_batches(
-    cfg, tmp_path, short_of_memory, monkeypatch, capsys, most, fits, batch_size
-):
+@pytest.mark.parametrize(("most", "fits", "batch_size"), [(7, 4, "auto"), (3, 2, 8), (1, 1, "auto")])
+def test_out_of_memory_is_the_same_run_in_smaller_micro_batches(cfg, tmp_path, short_of_memory, capsys, most, fits, batch_size):
     """Losses, norms, weights, moments and dropout: in hex those of the run that had begun so."""
     small = replace(cfg, batch_size=fits, out_dir=str(tmp_path / "small"))
     train.train(small)
     capsys.readouterr()
-    with monkeypatch.context():
-        short_of_memory(most)
-        train.train(replace(cfg, batch_size=batch_size))
+    short_of_memory(most)
+    train.train(replace(cfg, batch_size=batch_size))
     output = capsys.readouterr().out
     for size in [s for s in (8, 4, 2) if s > fits]:
         assert f"out of memory with micro-batches of {size} sequences" in output
@@ -80,14 +75,13 @@ def test_out_of_memory_is_the_same_run_in_smaller_micro_batches(
 
 
 def test_as_much_as_fits_is_the_whole_share(cfg, capsys):
-    train.train(replace(cfg, batch_size="auto", tokens_per_step=32 * 12))
+    train.train(replace(cfg, batch_size="auto", tokens_per_step=32 * 12, max_steps=1))
     output = capsys.readouterr().out
     assert "batch_size = 12, the whole share of a process; halved until it fits" in output
     assert "1 micro-batches x 12 sequences" in output
 
 
-@pytest.mark.parametrize("where", ["forward", "backward"])
-@pytest.mark.parametrize("message", MESSAGES, ids=["cpu", "cuda"])
+@pytest.mark.parametrize(("where", "message"), [("forward", MESSAGES[0]), ("backward", MESSAGES[1])], ids=["cpu", "cuda"])
 def test_memory_may_run_out_in_the_middle_of_a_step(cfg, tmp_path, short_of_memory, where, message):
     """In its second micro-batch, of a later step: what the first has added to the gradients does not count twice. From there
     on it is the run that was resumed there with smaller ones."""
@@ -100,34 +94,29 @@ def test_memory_may_run_out_in_the_middle_of_a_step(cfg, tmp_path, short_of_memo
     assert_same(cfg, other)
 
 
-def test_one_sequence_that_does_not_fit_is_an_error(cfg, short_of_memory):
-    short_of_memory(0)
-    with pytest.raises(RuntimeError, match="can't allocate memory") as e:
+@pytest.mark.parametrize("message", [MESSAGES[0], "mat1 and mat2 shapes cannot be multiplied"])
+def test_one_sequence_that_does_not_fit_is_an_error_and_so_is_any_other(cfg, short_of_memory, capsys, message):
+    short_of_memory(0, message=message)
+    with pytest.raises(RuntimeError, match=re.escape(message)):
         train.train(cfg)
-    assert errors.is_out_of_memory(e.value)
+    assert ("repeating the step as" in capsys.readouterr().out) == (message == MESSAGES[0])
 
 
-def test_other_errors_are_not_taken_for_too_little_memory(cfg, short_of_memory):
-    short_of_memory(0, message="mat1 and mat2 shapes cannot be multiplied")
-    with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        train.train(cfg)
-
-
-def tight(cfg: Config, spare_mib: int) -> tuple[int, float, float]:
-    """A step in a process that may take no more than so much memory than it has: (micro-batch, loss, MiB it has)."""
+def tight(cfg: Config, spare_mib: int) -> tuple[int, float]:
+    """A step in a process that may take no more than so much memory than it has: (micro-batch, loss)."""
     run = build(cfg)
     used = 1024 * int(re.search(r"VmData:\s*(\d+)", Path("/proc/self/status").read_text())[1])
     resource.setrlimit(resource.RLIMIT_DATA, (used + spare_mib * 2**20, resource.getrlimit(resource.RLIMIT_DATA)[1]))
     loss = train.train_step(run, 0).loss
     run.close()
-    return run.micro_batch, loss, used / 2**20
+    return run.micro_batch, loss
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory can be limited on Linux only")
 def test_real_memory_that_runs_out_is_survived(cfg, tmp_path):
     """The kernel refuses more than 200 MiB: 2,048 sequences of 32 tokens need about 1,000 at once."""
     cfg = replace(cfg, dropout=0.0, tokens_per_step=32 * 2048, batch_size="auto")
-    ((micro_batch, loss, _),) = ranks.run(1, tmp_path / "ranks", tight, cfg, 200)
+    ((micro_batch, loss),) = ranks.run(1, tmp_path / "ranks", tight, cfg, 200)
     assert 16 <= micro_batch <= 1024
     assert loss == pytest.approx(train.train_step(build(replace(cfg, batch_size=64)), 0).loss, rel=1e-5)
 
