@@ -44,7 +44,7 @@ def killed_while_saving(box: Box) -> str:
 
 @fault("F02", "SIGKILL before each fsync, rename and removal of a save", "as F01, and leftovers are cleaned up")
 def killed_between_system_calls(box: Box) -> str:
-    """The third save, which removes the first one; and the save of a step that is there already, but damaged."""
+    """The third save, which removes the first one."""
     whole = box.whole()
 
     def die(out: Path, n: int, **how) -> list[str]:
@@ -65,22 +65,6 @@ def killed_between_system_calls(box: Box) -> str:
         need(not different(out, whole), f"before {calls[n - 1]} {n}: {different(out, whole)} have changed")
         need(steps_saved(out), f"before {calls[n - 1]} {n}: nothing is saved")
         box.resumed(out, whole, **few)
-
-    again = dict(resume=True, keep_checkpoints=3, keep_best=False)
-
-    def damaged() -> Path:
-        out = box.copy_of(whole, upto=12)
-        os.truncate(out / "step_00000012" / "model.safetensors", 1000)
-        return out
-
-    calls = die(damaged(), 0, **again)
-    renames = [n + 1 for n, name in enumerate(calls) if name == "rename"]
-    need(len(renames) == 2, f"the save over a damaged step does {calls}")
-    for n in box.some([renames[0], renames[1], renames[1] + 1, renames[1] + 3]):
-        out = damaged()
-        die(out, n, **again)
-        need(8 in steps_saved(out), f"over a damaged step, before call {n}: {steps_saved(out)} are saved")
-        box.resumed(out, whole, keep_checkpoints=3, keep_best=False)
     return f"killed before {box.tries} calls ({', '.join(sorted(set(calls)))}); nothing lost, nothing left over"
 
 
@@ -161,9 +145,8 @@ def malicious_pickle(box: Box) -> str:
     bomb = Bomb(str(box.folder / "ran"))
     whole = box.whole()
     by_torch, by_pickle = torch.save, lambda bomb, path: path.write_bytes(pickle.dumps(bomb, 0))
-    cases = [(name, how) for how in (by_torch, by_pickle) for name in ("model.safetensors", "training.safetensors")]
-    cases += [("tokenizer.json", by_pickle), ("config.json", by_pickle)]
-    for name, plant in box.some(cases):
+    cases = itertools.product(("model.safetensors", "training.safetensors"), (by_torch, by_pickle))
+    for name, plant in box.some([*cases, ("tokenizer.json", by_pickle), ("config.json", by_pickle)]):
         out = box.copy_of(whole, upto=4)
         folder = out / "step_00000004"
         plant(bomb, folder / name)

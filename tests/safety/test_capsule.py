@@ -13,7 +13,6 @@ import pytest
 import ranks
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 from spoil import louder, poison, spoiled
 from trained import seal
 
@@ -23,16 +22,9 @@ from configurator import Config
 from engine import checkpoint, restore
 from engine.outliers import Outliers, TrainingStopped
 from engine.run import Run, build
-from model import GPT
-from safety.capsule import first_nonfinite_module, read_capsule
+from safety.capsule import first_nonfinite_module
 
 pytestmark = pytest.mark.usefixtures("own_signals")
-
-
-@pytest.fixture
-def cfg(tiny_run, tmp_path) -> Config:
-    """The tiny run, with dropout, so that random numbers matter, and accumulation."""
-    return Config(**tiny_run | dict(batch_size=2), out_dir=str(tmp_path / "run"), dropout=0.1)
 
 
 def state(run: Run) -> dict[str, torch.Tensor]:
@@ -249,19 +241,13 @@ def crash_of_two(cfg: Config, bad: bool) -> tuple[str, float]:
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "zero1", "fsdp"])
 def test_the_capsule_of_two_processes_is_replayed_by_one(cfg, tmp_path, capsys, engine):
-    """The loss of all their shares; also written out over what the capsule holds."""
+    """The loss of all their shares."""
     cfg = replace(stopping(cfg), dropout=0.0, parallel=engine, eval_interval=6)
     (message, loss), other = ranks.run(2, tmp_path / "ranks", crash_of_two, cfg, False)
     assert other == (message, loss)
     capsule = Path(cfg.out_dir) / "crash_00000005"
     assert f"--replay {capsule} " in message
     assert replayed(capsys, capsule)[0] == pytest.approx(loss, rel=1e-6)
-    read, crash, recorded = read_capsule(capsule)
-    assert (crash["processes"], crash["micro_batch"], crash["accumulation"]) == (2, 2, 2)
-    model = GPT(read)
-    restore.load_weights(capsule, model)
-    x, y = recorded.batch(0, 0, 8, 1, 0, 1)
-    assert F.cross_entropy(model(x).flatten(0, 1), y.flatten()).item() == pytest.approx(loss, rel=1e-6)
 
 
 @pytest.mark.slow
