@@ -460,7 +460,12 @@ def load(argv: list[str]) -> Config:
         raise UserError("give a config file or a run: python train.py config/shakespeare.py")
     if len(places) == 1 and Path(places[0]).is_dir():
         out = Path(places[0])
-        trained = restore.read_config(restore.newest(out))
+        notes: list[str] = []  # about damaged checkpoints: resuming prints them
+        try:
+            trained = restore.read_config(restore.newest(out, notes.append))
+        except UserError:
+            print(*notes, sep="\n")
+            raise
         return settings.parse(replace(trained, resume=True, out_dir=str(out), init_from=""), flags, __doc__)
     cfg = configurator.load(argv, __doc__)
     if cfg.resume is True and not places and checkpoint.candidates(Path(cfg.out_dir)):  # --resume --out_dir=out/run

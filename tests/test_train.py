@@ -343,3 +343,10 @@ def test_wandb_offline_writes_a_run(run_script, tiny_flags, tmp_path):
     done = run_script("train.py", *tiny_flags, f"--out_dir={tmp_path}/run", "--wandb=offline")
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.rglob("*.wandb"))
+
+
+def test_a_damaged_checkpoint_is_reported_once_by_a_run_that_is_resumed_by_its_folder(cfg, capsys):
+    train.train(replace(cfg, checkpoint_interval=3))
+    os.truncate(Path(cfg.out_dir) / "step_00000006" / "model.safetensors", 100)
+    train.main([cfg.out_dir])
+    assert capsys.readouterr().out.count("skipping a checkpoint") == 1
