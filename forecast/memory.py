@@ -9,6 +9,7 @@ import contextlib
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +21,11 @@ from torch.utils._pytree import tree_leaves
 
 import optim
 from configurator import Config
-from engine import parallel
+from engine import machine, parallel
 from engine.outliers import Outliers
 from engine.run import Run
 from forecast import cluster
 from model import GPT
-
-CPU = torch.device("cpu")
 
 # kind of storage: what it is, and what changes it
 KINDS = {
@@ -40,13 +39,12 @@ KINDS = {
     "copy to be saved": "from the first save on; none with --background_save=False",
 }
 
-# Bytes in gaps of malloc's heap that no tensor fits into, as a share of the tensors of a step. With this one number 20 of 22
-# measured peaks lie within 10% of the prediction; the others are in LOG.md.
+# Bytes in gaps of malloc's heap that no tensor fits into, as a share of the tensors of a step: fitted on most of the runs that
+# LOG.md compares with their plans. Most lie within 10%; small models, two processes and eager naive attention lie outside.
 HEAP_GAPS = 0.15
 
-# Bytes that a process holds besides its tensors and what it held after importing train.py: the rest of torch, its kernels and
-# their caches; if it compiles, the compiler too, and for a graph of the whole model a little for each layer. Measured with
-# models of a few MB, on 2 cores with torch 2.13 and Python 3.11; with code that was compiled before it is a little less.
+# Bytes that a process holds besides its tensors and what it held after importing train.py: the rest of torch and its caches; if
+# it compiles, the compiler, and a little for each layer of a graph of the whole model. Measured with small models, torch 2.13.
 PROGRAM, COMPILING, COMPILING_A_LAYER = 116 * 2**20, 210 * 2**20, 4 * 2**20
 
 
@@ -157,54 +155,39 @@ class FusedLoss(torch.autograd.Function):
         return ctx.saved_tensors[0]
 
 
-class EmptyBatches:
-    """Batches of a run, without contents."""
-
-    def __init__(self, T: int):
-        self.T = T
-
-    def batch(self, step: int, micro: int, batch_size: int, *_) -> list[Tensor]:
-        return [torch.empty(batch_size, self.T, dtype=torch.int64) for _ in range(2)]
-
-
-def replace_parameters(gpt: GPT) -> None:
-    """Give a model on the meta device parameters of fake tensors on a CPU, to which autocast applies; within FakeTensorMode."""
-    made: dict[nn.Parameter, nn.Parameter] = {}
-    for module in gpt.modules():
-        for name, p in module._parameters.items():
-            if p is not None:  # a shared one is made once
-                module._parameters[name] = made.setdefault(p, nn.Parameter(torch.empty(p.shape)))
+def fake_model(cfg: Config, fake: FakeTensorMode) -> GPT:
+    """A model with parameters of fake tensors on a CPU, to which autocast applies."""
+    with torch.device("meta"):
+        gpt = GPT(cfg)
+    made: dict[Tensor, nn.Parameter] = {}
+    with fake:
+        for module in gpt.modules():
+            for name, p in module._parameters.items():
+                if p is not None:  # a shared one is made once
+                    module._parameters[name] = made.setdefault(p, nn.Parameter(torch.empty(p.shape)))
+    return gpt
 
 
 def fake_run(cfg: Config, gpt: GPT, optimizer: torch.optim.Optimizer, processes: int) -> Run:
     """A run of one process on batches without contents, with at most two micro-steps: they stand for any number."""
     micro_batch, accumulation = cfg.split_step(processes)
-    return Run(
-        cfg=replace(cfg, prefetch=False),
-        chosen=[],
-        world=parallel.World(),
-        device=CPU,
-        dataset=None,
-        batches=EmptyBatches(cfg.T),
-        model=gpt,
-        compiled=gpt,
-        train_model=gpt,
-        optimizer=optimizer,
-        scaler=torch.amp.GradScaler("cpu", enabled=False),
-        outliers=Outliers(cfg),
-        micro_batch=micro_batch,
-        accumulation=min(accumulation, 2),
-    )
+
+    def batch(*_) -> list[Tensor]:
+        return [torch.empty(micro_batch, cfg.T, dtype=torch.int64) for _ in range(2)]
+
+    models = dict(model=gpt, compiled=gpt, train_model=gpt, optimizer=optimizer)
+    inputs = dict(dataset=None, batches=SimpleNamespace(batch=batch))
+    place = dict(world=parallel.World(), device=torch.device("cpu"), scaler=torch.amp.GradScaler("cpu", enabled=False))
+    split = dict(micro_batch=micro_batch, accumulation=min(accumulation, 2))
+    return Run(cfg=replace(cfg, prefetch=False), chosen=[], outliers=Outliers(cfg), **models, **inputs, **place, **split)
 
 
 def follow(cfg: Config, processes: int, accumulate: Callable[[Run, int], Tensor]) -> Ledger:
     """The ledger of a step, not the first, of a run whose config is resolved, in one of its processes as if it shared nothing
     with the others. accumulate: train.accumulate."""
-    ledger = Ledger()
-    with torch.device("meta"):
-        gpt = GPT(cfg)
-    with FakeTensorMode():
-        replace_parameters(gpt)
+    ledger, fake = Ledger(), FakeTensorMode()
+    gpt = fake_model(cfg, fake)
+    with fake:
         parameters, late = list(gpt.parameters()), []
         with ledger:
             for p in parameters:
@@ -251,6 +234,7 @@ class Target:
     """What a plan is made for: the machine, the processes, and the code that trains in them."""
 
     hardware: str | None  # None: a GPU that is not here
+    able: machine.Abilities
     processes: int
     free: int | None  # bytes of memory that one process can have; None: not known
     total: int | None
@@ -294,7 +278,7 @@ def program(cfg: Config, imported: int) -> int:
 def memory(cfg: Config, target: Target) -> Memory:
     """What one process of a resolved run takes."""
     n = target.processes
-    parts = follow(cfg, n, target.accumulate).at_peak
+    parts = dict(follow(cfg, n, target.accumulate).at_peak)
     found = dict(zip(("micro_batch", "accumulation"), cfg.split_step(n), strict=True))
     owned = 1.0  # of weights and moments, by the process that saves them
     if n > 1 and cfg.parallel != "ddp":

@@ -4,6 +4,7 @@ python train.py config/shakespeare.py --plan
 python train.py config/gpt2_124m.py --plan --device=cuda --processes=8      for a machine that is not here
 """
 
+import bisect
 import math
 import os
 import shutil
@@ -25,7 +26,7 @@ from engine import machine
 from engine.journal import duration
 from engine.run import Run, open_data
 from forecast import cluster
-from forecast.memory import HEAP_GAPS, KINDS, Memory, Target, memory, program, saves
+from forecast.memory import HEAP_GAPS, KINDS, Memory, Target, memory, saves
 from forecast.speed import Rate, rate
 from model import GPT
 from report.results import ms
@@ -50,19 +51,20 @@ def ask_for_gpu() -> tuple[str, int, float] | None:
 def resolve(cfg: Config, imported: int, accumulate: Callable[[Run, int], Tensor]) -> tuple[Config, Target]:
     """(cfg without any "auto", as train.py would choose, what it is planned for), without starting a device."""
     processes = cfg.processes or int(os.environ.get("WORLD_SIZE", 1))
-    target = dict(processes=processes, imported=imported, accumulate=accumulate)
     gpu = ask_for_gpu() if cfg.device == "cuda" or (cfg.device == "auto" and torch.version.cuda) else None
     if cfg.device == "cuda" or gpu:
         name, total, capability = gpu or (None, None, 9.0)
-        cfg, _ = machine.resolve(cfg, torch.device("cuda"), machine.gpu_abilities(capability))
-        return cfg, Target(hardware=name, free=total, total=total, **target)
-    mps = cfg.device == "mps" or (cfg.device == "auto" and torch.backends.mps.is_available())
-    device = torch.device("mps" if mps else "cpu")
-    cfg, _ = machine.resolve(cfg, device)
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-    free, total = system.free_memory(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    hardware = machine.hardware_name(device)
-    return cfg, Target(hardware=hardware, free=free and free // local, total=total // local, **target)
+        device, able, free = torch.device("cuda"), machine.gpu_abilities(capability), total
+    else:
+        mps = cfg.device == "mps" or (cfg.device == "auto" and torch.backends.mps.is_available())
+        device = torch.device("mps" if mps else "cpu")
+        able, name = machine.abilities(device), machine.hardware_name(device)
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+        total, free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local, system.free_memory()
+        free = free and free // local
+    cfg, _ = machine.resolve(cfg, device, able)
+    here = dict(hardware=name, able=able, processes=processes, free=free, total=total)
+    return cfg, Target(**here, imported=imported, accumulate=accumulate)
 
 
 def held_now() -> int:
@@ -74,44 +76,34 @@ def held_now() -> int:
     return round(held / 2**22) * 2**22
 
 
-# ---- what is refused --------------------------------------------------------------------------------------------------
+# ---- what does not fit ------------------------------------------------------------------------------------------------
 
 
 def gib(size: float) -> str:
     return f"{size / GIB:,.2f}"
 
 
-def least_memory(cfg: Config, target: Target) -> float:
-    """A little less than memory().peak, known at once: what is far too large is not followed."""
-    whole = target.processes == 1 or cfg.parallel == "ddp"
-    base = 0 if cfg.device == "cuda" else program(cfg, target.imported)
-    return base + 4 * cluster.FP32 * sum(cluster.parameters(cfg)) * whole
-
-
 def largest_batch(cfg: Config, target: Target) -> int:
     """The largest micro-batch that fits and divides a process's share of a step, or 0."""
-    share = cfg.split_step(target.processes, most=cfg.tokens_per_step)[0]
-    top = cfg.split_step(target.processes)[0]
-    fitting, sizes = 0, [b for b in range(1, top + 1) if share % b == 0]
-    while sizes:  # more sequences take more memory
-        middle = (len(sizes) - 1) // 2 if fitting else 0  # often not even one fits
-        if memory(replace(cfg, batch_size=sizes[middle]), target).peak <= target.free:
-            fitting, sizes = sizes[middle], sizes[middle + 1 :]
-        else:
-            sizes = sizes[:middle]
-    return fitting
+    whole = target.processes == 1 or cfg.parallel == "ddp"
+    least = 4 * cluster.FP32 * sum(cluster.parameters(cfg)) * whole
+    if least > target.free:  # what is far too large is not followed
+        return 0
+
+    def peak(size: int) -> int:
+        return memory(replace(cfg, batch_size=size), target).peak
+
+    share, _ = cfg.split_step(target.processes, most=cfg.tokens_per_step)
+    top, _ = cfg.split_step(target.processes)
+    sizes = [b for b in range(1, top + 1) if share % b == 0]
+    if peak(1) > target.free:  # often not even one fits
+        return 0
+    return sizes[bisect.bisect(sizes, target.free, lo=1, key=peak) - 1]
 
 
-def remedies(cfg: Config, processes: int) -> Iterator[dict]:
-    """Changes that save memory, in the order in which one would try them; the last ones change what is learned."""
-    if cfg.attention == "naive":
-        yield dict(attention="sdpa")
-    if cfg.dtype == "float32":
-        yield dict(dtype="bfloat16")
-    if processes > 1 and cfg.parallel != "fsdp":
-        yield dict(parallel="fsdp")
-    if cfg.background_save and cfg.device != "cuda":
-        yield dict(background_save=False)
+def remedies(cfg: Config) -> Iterator[dict]:
+    """Changes that may save memory, in the order in which one would try them; the last ones change what is learned."""
+    yield from (dict(attention="sdpa"), dict(dtype="bfloat16"), dict(parallel="fsdp"), dict(background_save=False))
     for T in (cfg.T // 2**k for k in range(1, 5) if cfg.T % 2**k == 0 and cfg.T // 2**k >= 64):
         yield dict(sequence_length=T)
     layers, width = cfg.n_layer, cfg.n_embd
@@ -123,37 +115,32 @@ def remedies(cfg: Config, processes: int) -> Iterator[dict]:
             yield dict(n_layer=layers, n_embd=width)
 
 
-def check_memory(cfg: Config, target: Target) -> Memory:
-    """The memory of a run. UserError with the flag that fixes it if that is more than is free."""
-    free = target.free
-    if free is None:
-        return memory(cfg, target)
-    least = least_memory(cfg, target)
-    what = f"weights, gradients and AdamW's moments alone take {gib(least)} GiB a process, {gib(free)} are free"
-    if least <= free:
-        found = memory(cfg, target)
-        if found.peak <= free:
-            return found
-        fits = largest_batch(cfg, target)
-        if fits and cfg.batch_size == "auto":
-            return memory(replace(cfg, batch_size=fits), target)
-        sequences = f"{found.micro_batch} sequence{'s' * (found.micro_batch > 1)}"
-        what = f"micro-batches of {sequences} take {gib(found.peak)} GiB a process, {gib(free)} are free"
-        if fits:
-            raise UserError(f"{what}: use --batch_size={fits}")
-    for changes in remedies(cfg, target.processes):
+def fit(cfg: Config, target: Target) -> tuple[Memory, str]:
+    """(the memory of a run, "" or why that is more than is free, with the flags that fix it)."""
+    found = memory(cfg, target)
+    if target.free is None or found.peak <= target.free:
+        return found, ""
+    fits = largest_batch(cfg, target)
+    if fits and cfg.batch_size == "auto":
+        return memory(replace(cfg, batch_size=fits), target), ""
+    sequences = f"{found.micro_batch} sequence{'s' * (found.micro_batch > 1)}"
+    what = f"micro-batches of {sequences} take {gib(found.peak)} GiB a process, {gib(target.free)} are free"
+    if fits:
+        return found, f"{what}: use --batch_size={fits}"
+    for changes in remedies(cfg):
         smaller = replace(cfg, **changes)
-        if least_memory(smaller, target) <= free and (fits := largest_batch(smaller, target)):
+        if smaller == cfg or machine.not_available(smaller, torch.device(cfg.device), target.able):
+            continue
+        if fits := largest_batch(smaller, target):
             if fits < smaller.split_step(target.processes)[0]:
                 changes |= dict(batch_size=fits)
             flags = " ".join(f"--{name}={value}" for name, value in changes.items() if value != getattr(cfg, name))
-            raise UserError(f"{what}, and a smaller batch is not enough: use {flags}")
-    raise UserError(f"{what}, and no smaller form of this model fits: use a smaller --n_embd and --vocab_size")
+            return found, f"{what}, and a smaller batch is not enough: use {flags}"
+    return found, f"{what}, and no smaller form of this model fits: use a smaller --n_embd and --vocab_size"
 
 
-def check_disk(cfg: Config, parameters: int, elsewhere: bool) -> tuple[int, int, int]:
-    """(bytes of a checkpoint, how many lie on the disk at a time, bytes free here). UserError if they do not fit, unless the
-    run is planned for another machine."""
+def disk(cfg: Config, parameters: int, elsewhere: bool) -> tuple[str, str]:
+    """(the line on checkpoints, "" or what fixes it that they do not fit). A machine elsewhere has another disk."""
     one, often = 12 * parameters, saves(cfg)
 
     def at_a_time(keep: int) -> int:  # the newest, the best, and one that is being written before an old one goes
@@ -161,11 +148,14 @@ def check_disk(cfg: Config, parameters: int, elsewhere: bool) -> tuple[int, int,
 
     place = next(p for p in (Path(cfg.out_dir).absolute(), *Path(cfg.out_dir).absolute().parents) if p.is_dir())
     free, many = shutil.disk_usage(place).free, at_a_time(cfg.keep_checkpoints)
-    if one * many <= free or elsewhere:
-        return one, many, free
-    fits = [keep for keep in range(1, cfg.keep_checkpoints) if one * at_a_time(keep) <= free]
-    flag = f"--keep_checkpoints={fits[-1]}, or --out_dir=another/folder" if fits else "--out_dir=another/folder, or make room"
-    raise UserError(f"checkpoints take {gib(one * many)} GiB ({many} of {gib(one)}), {place} has {gib(free)} left: use {flag}")
+    fits = one * many <= free or elsewhere
+    remark = f"{many} at a time x 12 bytes a parameter; {gib(free)} free for {cfg.out_dir}"
+    line = row("checkpoints", gib(one * many), remark if fits else f"TOO MUCH: {remark}")
+    if fits:
+        return line, ""
+    fewer = [keep for keep in range(1, cfg.keep_checkpoints) if one * at_a_time(keep) <= free]
+    flag = f"--keep_checkpoints={fewer[-1]}, or --out_dir=another/folder" if fewer else "--out_dir=another/folder, or make room"
+    return line, f"checkpoints take {gib(one * many)} GiB ({many} of {gib(one)}), {place} has {gib(free)} left: use {flag}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,12 +173,10 @@ def look_at_data(cfg: Config) -> Data:
     folder = Path(cfg.data_dir) / cfg.dataset
     if (folder / shards.MANIFEST).is_file():
         dataset, batches = open_data(cfg)
-        size = sum(p.stat().st_size for p in folder.iterdir() if p.is_file())
-        tokens = len(batches.stream)
+        size, tokens = sum(p.stat().st_size for p in folder.iterdir() if p.is_file()), len(batches.stream)
         return Data(tokens=tokens, validation=len(dataset.split("val")), bytes=size, note=f"{tokens:,} tokens to learn from")
-    what = cfg.dataset if cfg.dataset in sources.NAMED else f"path/to/your.txt --name={cfg.dataset}"
-    note = f"not here: run python prepare_data.py {what}"
     _, source = sources.NAMED.get(cfg.dataset, (None, None))
+    note = f"not here: run python prepare_data.py {cfg.dataset if source else f'path/to/your.txt --name={cfg.dataset}'}"
     if isinstance(source, sources.Hub):  # two bytes a token
         return Data(tokens=source.tokens, bytes=2 * source.tokens, note=f"about {source.tokens / 1e9:.2g}B tokens; {note}")
     return Data(note=note)
@@ -220,21 +208,24 @@ def row(name: str, value: str, remark: str = "") -> str:
 
 def memory_rows(cfg: Config, found: Memory, target: Target) -> list[str]:
     """Each kind's share of the moment at which all together are largest."""
-    lines = ["memory at the peak, GiB a process"]
     remarks = KINDS | {
         "the program": "Python, torch" + (", what compiling leaves behind" if cfg.compile else ""),
         "gaps in the heap": f"an allowance for what malloc cannot reuse: {HEAP_GAPS:.0%} of the tensors",
         "held by other processes": f"--parallel={cfg.parallel}",
     }
-    lines += [row(kind, gib(size), remarks[kind]) for kind, size in found.parts.items() if size]
-    of = f"of {gib(target.total)}; " if target.total else ""
+
+    def total(name: str, size: int, remark: str) -> str:
+        too_much = target.free is not None and size > target.free
+        return row(name, gib(size), f"TOO MUCH: {gib(target.free)} free; {remark}" if too_much else remark)
+
     where = "without what CUDA itself takes" if cfg.device == "cuda" else "as train.py logs it, mostly within 10%"
-    lines.append(row("predicted peak", gib(found.training), f"{of}{where}"))
+    lines = [row(kind, gib(size), remarks[kind]) for kind, size in found.parts.items() if size]
+    lines.append(total("predicted peak", found.training, (f"of {gib(target.total)}; " if target.total else "") + where))
     if found.saving > found.training:
-        lines.append(row("while it saves", gib(found.saving), "with a copy of its state; none with --background_save=False"))
+        lines.append(total("while it saves", found.saving, "with a copy of its state; none with --background_save=False"))
     if found.host:
         lines.append(row("copy to be saved", gib(found.host), "in the host's memory; none with --background_save=False"))
-    return lines
+    return ["memory at the peak, GiB a process", *lines]
 
 
 def time_rows(cfg: Config, speed: Rate, seen: Data) -> list[str]:
@@ -245,16 +236,15 @@ def time_rows(cfg: Config, speed: Rate, seen: Data) -> list[str]:
     parts = {"steps": cfg.max_steps * each, "validations": often * length / speed.tokens_per_s / 3}  # forward alone
     if speed.first_step_s:
         parts["more for the first step"] = max(0.0, speed.first_step_s - each)
+    less, more = ("< ", "> ") if speed.at_most else ("", "")
+    unlike = [row("which differs in", "", ", ".join(speed.unlike))] if speed.unlike else []
+    whole = ", ".join(f"{duration(seconds)} {part}" for part, seconds in parts.items())
     return [
         "time",
-        row("tokens per second", f"{speed.tokens_per_s:,.0f}", speed.source),
-        *([row("which differs in", "", ", ".join(speed.unlike))] if speed.unlike else []),
-        row("milliseconds per step", ms(each)),
-        row(
-            "the whole run",
-            duration(sum(parts.values())),
-            ", ".join(f"{duration(parts[p])} {p}" for p in parts),
-        ),
+        row("tokens per second", f"{less}{speed.tokens_per_s:,.0f}", speed.source),
+        *unlike,
+        row("milliseconds per step", more + ms(each), speed.launch_bound),
+        row("the whole run", more + duration(sum(parts.values())), whole),
     ]
 
 
@@ -285,19 +275,21 @@ def notes(asked: Config, cfg: Config, found: Memory, target: Target) -> Iterator
         yield "the memory and the speed of that GPU are not known here"
 
 
-def page(asked: Config, results: Path, imported: int, accumulate: Callable[[Run, int], Tensor]) -> str:
-    """The plan of a config. UserError, one line, if it cannot run. imported: bytes of a process that has imported train.py."""
+def page(asked: Config, results: Path, imported: int, accumulate: Callable[[Run, int], Tensor]) -> tuple[str, str]:
+    """(the plan of a config, "" or what does not fit in one line). UserError if it cannot run at all. imported: bytes of a
+    process that has imported train.py."""
     cfg, target = resolve(asked, imported, accumulate)
     stored, counted = parameters(cfg)
-    size, many, left = check_disk(cfg, stored, target.hardware is None)
+    checkpoints, too_many = disk(cfg, stored, target.hardware is None)
     seen = look_at_data(cfg)
-    found = check_memory(cfg, target)
+    found, too_much = fit(cfg, target)
     cfg = replace(cfg, batch_size=found.micro_batch)
     how = [cfg.device, cfg.dtype, f"{cfg.attention} attention", f"compiled by {cfg.compile_scope}" if cfg.compile else "eager"]
     how += ["fused AdamW" if cfg.fused_adamw else "looped AdamW", *(["freed memory kept"] if cfg.reuse_memory else [])]
     how += [f"{target.processes} processes, {cfg.parallel}" if target.processes > 1 else "1 process"]
     rows = f", in {cfg.padded_vocab_size:,} rows" if cfg.padded_vocab_size != cfg.vocab_size else ""
     shape = f"{cfg.n_layer} layers, {cfg.n_head} heads, {cfg.n_embd} wide; vocabulary {cfg.vocab_size:,}{rows}"
+    odd = [f"  {note}" for note in notes(asked, cfg, found, target)]
     lines = [
         f"{target.hardware or 'a GPU that is not here'}: {', '.join(how)}",
         "model",
@@ -308,15 +300,17 @@ def page(asked: Config, results: Path, imported: int, accumulate: Callable[[Run,
         *time_rows(cfg, rate(cfg, target.processes, target.hardware, results), seen),
         "disk, GiB",
         row("data", gib(seen.bytes) if seen.bytes else "?", f"{cfg.data_dir}/{cfg.dataset}: {seen.note}"),
-        row("checkpoints", gib(size * many), f"{many} at a time x 12 bytes a parameter; {gib(left)} free for {cfg.out_dir}"),
+        checkpoints,
+        *(["notes", *odd] if odd else []),
     ]
-    odd = [f"  {note}" for note in notes(asked, cfg, found, target)]
-    return "\n".join([*lines, *(["notes"] if odd else []), *odd])
+    return "\n".join(lines), "; ".join(filter(None, (too_much, too_many)))
 
 
 def main(argv: list[str], accumulate: Callable[[Run, int], Tensor]) -> None:
     """Print the plan of the config and flags in argv. accumulate: train.accumulate, whose memory is followed."""
     if int(os.environ.get("RANK", 0)):
         return  # torchrun starts several processes, one of them prints
-    imported = held_now()
-    print(page(configurator.load(argv, __doc__), ROOT / "results", imported, accumulate))
+    text, too_large = page(configurator.load(argv, __doc__), ROOT / "results", held_now(), accumulate)
+    print(text)
+    if too_large:
+        raise UserError(too_large)
