@@ -155,7 +155,7 @@ class Session:
     saver: checkpoint.Saver
     stop: Stop
     watchdog: Watchdog
-    track: curve.Tracker | curve.Untracked
+    track: curve.Tracker
     hellaswag: list[Row]
 
     def due(self, interval: int) -> bool:

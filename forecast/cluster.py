@@ -53,22 +53,12 @@ class Assumptions:
     """each way, per GPU: InfiniBand NDR, 400 Gb/s"""
     network_achieved: float = 0.94
     """NCCL: 46 to 48 of 50, by its maintainer in nccl-tests issue 290"""
-    nvlink_hop_us: float = 1.9
-    """latency of a ring's step: NCCL's cost model, src/graph/tuning.cc, protocol LL128"""
-    network_hop_us: float = 4.0
-    """the same table, between nodes"""
-    tree_hop_us: float = 8.5
-    """the same table, one level of a tree between nodes"""
     tree: bool = True
     """between nodes an all-reduce takes a tree where that is faster than a ring, as NCCL does"""
     pipelined: bool = True
     """the slower of NVLink and network decides; False: one after the other"""
     bucket_mb: float = 25.0
     """MiB: DistributedDataParallel's default"""
-    backward_share: float = 2 / 3
-    """of a micro-step, two of three matmuls: the time in which gradients travel"""
-    logits_bytes: float = 12.0
-    """per logit at the worst moment: three fp32 numbers, eager, measured (compiled 2, on a CPU)"""
     gpu_mtbf_hours: float = 50_677.0
     """Llama 3 paper: 419 interruptions in 54 days of 16,384 H100"""
     checkpoint_s: float = 30.0
@@ -78,9 +68,9 @@ class Assumptions:
 
     def __post_init__(self):
         configurator.check_types(vars(self), Assumptions)
-        if wrong := [k for k, v in vars(self).items() if k not in ("check", "tree", "pipelined", "tokens_per_s") and v <= 0]:
-            raise UserError(f"{wrong[0]}={getattr(self, wrong[0])} must be above 0")
         configurator.check_at_least(self, 0, "tokens_per_s")
+        if wrong := [k for k, v in vars(self).items() if type(v) is not bool and k != "tokens_per_s" and v <= 0]:
+            raise UserError(f"{wrong[0]}={getattr(self, wrong[0])} must be above 0")
         if self.gpus_per_node.bit_count() != 1:
             raise UserError(f"gpus_per_node={self.gpus_per_node} must be a power of two, as the numbers of GPUs are")
 
@@ -90,6 +80,10 @@ DOCUMENT = "docs/many_gpus.md"
 GPUS, ENGINES = (1, 8, 64, 1024), ("ddp", "zero1", "fsdp")
 H200, H100 = 498e3, 466e3  # tokens/s of the 124M at T=1024 on one of them: the best public figures
 FP32 = 4  # bytes; a parameter has four such numbers: weight, gradient, two moments
+LOGITS_BYTES = 12  # per logit at the worst moment: three fp32 numbers, eager, measured (compiled 2, on a CPU)
+BACKWARD_SHARE = 2 / 3  # of a micro-step, two of three matmuls: the time in which gradients travel
+# seconds a step of a ring within a node and between nodes, a level of a tree: NCCL's cost model (src/graph/tuning.cc, LL128)
+NVLINK_HOP, NETWORK_HOP, TREE_HOP = 1.9e-6, 4.0e-6, 8.5e-6
 
 
 def shape(size: str, T: int = 1024) -> GPTConfig:
@@ -143,10 +137,10 @@ def collective(a: Assumptions, n: int, nbytes: float, passes: int, calls: int = 
     """
     local = min(n, a.gpus_per_node)
     nodes, network = n // local, 1e9 * a.network_gb_s * a.network_achieved
-    inside, latency = ring(local, nbytes, 1e9 * a.nvlink_gb_s * a.nvlink_achieved, 1e-6 * a.nvlink_hop_us, passes)
-    ways = [ring(nodes, nbytes / local, network, 1e-6 * a.network_hop_us, passes)]
+    inside, latency = ring(local, nbytes, 1e9 * a.nvlink_gb_s * a.nvlink_achieved, NVLINK_HOP, passes)
+    ways = [ring(nodes, nbytes / local, network, NETWORK_HOP, passes)]
     if a.tree and passes == 2 and nodes > 1:  # everything once up and once down
-        ways.append((2 * nbytes / local / network, 2 * math.ceil(math.log2(nodes)) * 1e-6 * a.tree_hop_us))
+        ways.append((2 * nbytes / local / network, 2 * math.ceil(math.log2(nodes)) * TREE_HOP))
     join = max if a.pipelined else sum
     return min(join((inside, across)) + calls * (latency + more) for across, more in ways)
 
@@ -188,10 +182,10 @@ def step(a: Assumptions, size: str, engine: str, n: int, flops: float) -> Step:
         tail, window = tail + ends, compute
     else:  # in the last micro-step's backward; the tied embedding's gradient is whole only when that is over
         hidden = collective(a, n, FP32 * blocks, 2, math.ceil(FP32 * blocks / (a.bucket_mb * 2**20)))
-        tail, window = tail + collective(a, n, FP32 * rest, 2), a.backward_share * compute / accumulation
+        tail, window = tail + collective(a, n, FP32 * rest, 2), BACKWARD_SHARE * compute / accumulation
     if engine == "zero1":  # each broadcasts what it updated, tensor by tensor (torch's ZeroRedundancyOptimizer)
         tail += collective(a, n, FP32 * P, 1, 12 * cfg.n_layer + 4)
-    memory = state_bytes(cfg, engine, n) + micro_batch * (activation_bytes(cfg, T) + T * a.logits_bytes * cfg.vocab_size)
+    memory = state_bytes(cfg, engine, n) + micro_batch * (activation_bytes(cfg, T) + T * LOGITS_BYTES * cfg.vocab_size)
     exposed = tail + max(0.0, hidden - window)
     return Step(tokens, micro_batch, accumulation, compute, optimizer, hidden + tail, exposed, memory)
 
@@ -233,32 +227,25 @@ def steps_table(a: Assumptions, flops: float) -> Table:
         row = [NAMES[size], f"{n:,}", engine if n > 1 else "any", tokens, f"{s.micro_batch} × {s.accumulation}", *parts]
         row += [f"{results.ms(expected)} [{results.ms(least)}, {results.ms(most)}]", f"{s.tokens / expected:,.0f}"]
         rows.append([*row, f"{share[0]} [{share[1]}, {share[2]}]", f"{a.target_tokens / s.tokens * expected / 3600:.2g}"])
-    head = [
-        "model",
-        "GPUs",
-        "parallel",
-        "tokens/step",
-        "B × micro-steps",
-        "compute, ms †",
-        "optimizer, ms",
-        "communication, ms",
-    ]
-    head += ["exposed, ms †", "step, ms [bounds] †", "tokens/s †", "efficiency [bounds] †"]
-    return Table([*head, f"hours for {a.target_tokens / 1e9:g}B tokens †"], rows, left=(0, 2))
+    head = "model|GPUs|parallel|tokens/step|B × micro-steps|compute, ms †|optimizer, ms|communication, ms|exposed, ms †"
+    head += f"|step, ms [bounds] †|tokens/s †|efficiency [bounds] †|hours for {a.target_tokens / 1e9:g}B tokens †"
+    return Table(head.split("|"), rows, left=(0, 2))
 
 
 def memory_table(a: Assumptions, flops: float) -> Table:
-    rows = []
-    for size, n in [(size, n) for size in NAMES for n in GPUS]:
-        cfg, steps = shape(size, a.sequence_length), [step(a, size, engine, n, flops) for engine in ENGINES]
-        state, B = [state_bytes(cfg, engine, n) for engine in ENGINES], steps[0].micro_batch
-        kept = B * activation_bytes(cfg, a.sequence_length)
-        logits = B * a.sequence_length * a.logits_bytes * cfg.vocab_size
-        whole = [f"{s.memory / 1e9:.1f}" + " TOO MUCH" * (s.memory > 1e9 * a.memory_gb) for s in steps]
-        rows.append([NAMES[size], f"{n:,}", *(f"{x / 1e9:.2f}" for x in state), str(B)])
-        rows[-1] += [f"{kept / 1e9:.2f}", f"{logits / 1e9:.2f}", *whole]
-    every = [[f"{what}, {engine}" for engine in ENGINES] for what in ("state", "all")]
-    return Table(["GB per GPU", "GPUs", *every[0], "B", "activations", "logits", *every[1]], rows)
+    def gb(size: float, digits: int = 2) -> str:
+        return f"{size / 1e9:.{digits}f}"
+
+    rows, T = [], a.sequence_length
+    for cfg, size, n in [(shape(size, T), size, n) for size in NAMES for n in GPUS]:
+        steps = [step(a, size, engine, n, flops) for engine in ENGINES]
+        B = steps[0].micro_batch
+        state = [gb(state_bytes(cfg, engine, n)) for engine in ENGINES]
+        kept = [str(B), gb(B * activation_bytes(cfg, T)), gb(B * T * LOGITS_BYTES * cfg.vocab_size)]
+        whole = [gb(s.memory, 1) + " TOO MUCH" * (s.memory > 1e9 * a.memory_gb) for s in steps]
+        rows.append([NAMES[size], f"{n:,}", *state, *kept, *whole])
+    state, whole = ([f"{what}, {engine}" for engine in ENGINES] for what in ("state", "all"))
+    return Table(["GB per GPU", "GPUs", *state, "B", "activations", "logits", *whole], rows)
 
 
 def checks_table(a: Assumptions) -> Table:
@@ -272,17 +259,21 @@ def checks_table(a: Assumptions) -> Table:
     def bus(seconds: float) -> float:  # GB/s, as nccl-tests counts them
         return 2 * 1983 / 1984 * 2**29 / seconds / 1e9
 
-    flat = sum(ring(1984, 2**29, 1e9 * a.network_gb_s * a.network_achieved, 1e-6 * a.network_hop_us, 2))
-    unlike = replace(a, pipelined=False, tree=False)
+    def all_reduce(changed: Assumptions) -> float:
+        return bus(collective(changed, 1984, 2**29, 2))
+
+    flat = sum(ring(1984, 2**29, 1e9 * a.network_gb_s * a.network_achieved, NETWORK_HOP, 2))
+    apart = "tokens, nothing overlapping: ms per step (3)"
+    by_operations = "8 A100: ms per step, from the 124M's 300 by operations (2)"
     found = [
         ("124M, 8 H100, 524,288 tokens: ms per step (1)", 140, ms("gpt2", 8, 2**19, 0)),
         ("1558M, 8 H100, 1,048,576 tokens: ms per step (2)", 2800, ms("gpt2-xl", 8, 2**20, 0)),
-        ("350M, 8 A100: ms per step, from the 124M's 300 by operations (2)", 820, 300 * per_token[1] / per_token[0]),
-        ("774M, 8 A100: ms per step, from the 124M's 300 by operations (2)", 1700, 300 * per_token[2] / per_token[0]),
-        ("124M, 16 H100, 786,432 tokens, nothing overlapping: ms per step (3)", 115, ms("gpt2", 16, 786_432, 2, bucket_mb=512)),
-        ("124M, 64 H100, 786,432 tokens, nothing overlapping: ms per step (3)", 30, ms("gpt2", 64, 786_432, 2, bucket_mb=512)),
-        ("all-reduce of 512 MiB, 1,984 H200: GB/s of bus bandwidth (4)", 350, bus(collective(a, 1984, 2**29, 2))),
-        ("the same with rings by node, one link after the other (4)", 350, bus(collective(unlike, 1984, 2**29, 2))),
+        (f"350M, {by_operations}", 820, 300 * per_token[1] / per_token[0]),
+        (f"774M, {by_operations}", 1700, 300 * per_token[2] / per_token[0]),
+        (f"124M, 16 H100, 786,432 {apart}", 115, ms("gpt2", 16, 786_432, 2, bucket_mb=512)),
+        (f"124M, 64 H100, 786,432 {apart}", 30, ms("gpt2", 64, 786_432, 2, bucket_mb=512)),
+        ("all-reduce of 512 MiB, 1,984 H200: GB/s of bus bandwidth (4)", 350, all_reduce(a)),
+        ("the same with rings by node, one link after the other (4)", 350, all_reduce(replace(a, pipelined=False, tree=False))),
         ("the same with one flat ring through all GPUs (4)", 350, bus(flat)),
         ("all-reduce of 1 KiB, 16 H20: µs (5)", 46, 1e6 * collective(a, 16, 2**10, 2)),
     ]
@@ -296,21 +287,19 @@ def failures_table(a: Assumptions, flops: float) -> Table:
         mtbf, s = 3600 * a.gpu_mtbf_hours / n, step(a, "gpt2-xl", "ddp", n, flops)
         interval, *lost = failures(a.checkpoint_s, mtbf, a.restart_s)
         run = a.target_tokens / s.tokens * s.seconds()[0]
-        rows.append([f"{n:,}", f"{86400 / mtbf:.2g}", f"{mtbf / 3600:,.0f}", f"{interval / 60:,.0f}"])
-        rows[-1] += [*(f"{x:.2%}" for x in (*lost, sum(lost))), f"{run / 3600:.2g}", f"{run / mtbf:.1g}"]
-    head = ["GPUs", "failures per day", "hours between two", "minutes between checkpoints", "lost to saving", "to doing again"]
-    run = f"{a.target_tokens / 1e9:g}B tokens of 1558M, ddp"
-    return Table([*head, "to restarting", "in all", f"hours for {run} †", "failures expected in them †"], rows)
+        row = [f"{n:,}", f"{86400 / mtbf:.2g}", f"{mtbf / 3600:,.0f}", f"{interval / 60:,.0f}"]
+        rows.append([*row, *(f"{x:.2%}" for x in (*lost, sum(lost))), f"{run / 3600:.2g}", f"{run / mtbf:.1g}"])
+    head = "GPUs|failures per day|hours between two|minutes between checkpoints|lost to saving|to doing again|to restarting"
+    head += f"|in all|hours for {a.target_tokens / 1e9:g}B tokens of 1558M, ddp †|failures expected in them †"
+    return Table(head.split("|"), rows)
 
 
 def blocks(a: Assumptions, root: Path) -> dict[str, list[render.Block]]:
     """{name of a generated block: what is in it}."""
     flops, source = one_gpu(a, root)
     origin = f"† {source}; by operations {flops / 1e12:.0f} TFLOP/s."
-    shares = (
-        f"‡ {a.tokens_per_step // a.sequence_length:,} sequences give these GPUs no equal shares. Their larger step is another "
-    )
-    shares += "training run."
+    shares = f"‡ {a.tokens_per_step // a.sequence_length:,} sequences give these GPUs no equal shares. "
+    shares += "Their larger step is another training run."
     return {
         "steps": [steps_table(a, flops), origin, shares],
         "memory": [memory_table(a, flops)],

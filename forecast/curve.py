@@ -6,6 +6,7 @@
 A training loss is noisy from step to step, so both sides are means over `window` steps, compared every `window` steps.
 """
 
+import itertools
 import json
 import math
 import statistics
@@ -41,20 +42,13 @@ SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "tie
 class Tracker:
     """Compares a run with a curve while it trains."""
 
-    def __init__(self, cfg: Config, data_sha256: str):
-        self.curve = read(Path(cfg.curve))
-        self.settings, self.data_sha256 = asdict(cfg), data_sha256
-        self.recent: deque[float] = deque(maxlen=self.curve["window"])
-        self.points = {p["step"]: p for p in self.curve["train"]}
-        self.validations = {p["step"]: p for p in self.curve["val"]}
+    def __init__(self, cfg: Config, data_sha256: str, curve: dict[str, Any]):
+        self.curve, self.settings, self.data_sha256 = curve, asdict(cfg), data_sha256
+        self.recent: deque[float] = deque(maxlen=curve["window"])
+        self.points, self.validations = ({p["step"]: p for p in curve[which]} for which in ("train", "val"))
         self.side = ""  # of the curve, on which the last check of the training loss found the run
         self.off = 0  # checks in a row outside the band
         self.reported = False  # whether causes() has reported this time outside the band
-
-    def unlike(self) -> list[str]:
-        """The sizes in which the model is another one than the curve's: then the two are not compared."""
-        recorded = self.curve["config"]
-        return [f"{n}={recorded[n]!r}" for n in SHAPE if n in recorded and recorded[n] != self.settings[n]]
 
     def step(self, done: int, loss: float) -> str:
         """After step `done`: the verdict, if this step is checked and the run has changed sides since the last check."""
@@ -64,10 +58,8 @@ class Tracker:
             return ""
         before, mean = self.side, statistics.fmean(self.recent)
         self.side = self._check(mean, point)
-        if self.side == before:
-            return ""
         found = f"mean of {window} {mean:.3f}, " if window > 1 else ""
-        return f"{self.side} ({found}{_expected(point)})"
+        return f"{self.side} ({found}{_expected(point)})" if self.side != before else ""
 
     def validated(self, done: int, val_loss: float) -> str:
         """The verdict on a validation, where the curve has one at this step."""
@@ -90,47 +82,35 @@ class Tracker:
         self.reported = True
         recorded, known = self.curve["config"], []
         for cause, names in CAUSES.items():
-            other = [n for n in names if recorded.get(n, self.settings[n]) != self.settings[n]]
-            if other:
-                known.append(f"{cause} ({'; '.join(f'{n}={self.settings[n]!r}, there {recorded[n]!r}' for n in other)})")
+            mine = {n: (self.settings[n], recorded.get(n, self.settings[n])) for n in names}
+            if other := [f"{n}={here!r}, there {there!r}" for n, (here, there) in mine.items() if here != there]:
+                known.append(f"{cause} ({'; '.join(other)})")
         if self.curve["data_sha256"] not in (None, self.data_sha256):
             known.append("data (its sha256 is another)")
         source = self.curve["source"] + (f", seeds {self.curve['seeds']}" if self.curve["seeds"] else "")
-        off = f"off track in {IN_A_ROW} checks in a row"
+        why = f" with the curve's own settings ({source}): check the learning rate (grad_norm in log.jsonl), the batch, the "
+        why += "precision (try --dtype=float32), the data, in this order"
         if known:
-            return printable(f"{off}; the run differs from the curve ({source}) in: {'; '.join(known)}")
-        return printable(
-            f"{off} with the curve's own settings ({source}): check the learning rate (grad_norm in log.jsonl), the batch, the "
-            f"precision (try --dtype=float32), the data, in this order"
-        )
+            why = f"; the run differs from the curve ({source}) in: {'; '.join(known)}"
+        return printable(f"off track in {IN_A_ROW} checks in a row{why}")
 
 
 def _expected(point: dict) -> str:
     return f"expected {'at most ' if point.get('at_most') else ''}{point['loss']:.3f} ± {point['band']:.3f}"
 
 
-class Untracked:
-    """In place of a Tracker where there is no curve to compare with."""
-
-    def step(self, done: int, loss: float) -> str:
-        return ""
-
-    def validated(self, done: int, val_loss: float) -> str:
-        return ""
-
-    def causes(self) -> None:
-        return None
-
-
-def tracker(cfg: Config, data_sha256: str, say: Callable[[str], None]) -> Tracker | Untracked:
-    """What compares a run with its config's curve. Reports it if the curve was recorded with another model."""
+def tracker(cfg: Config, data_sha256: str, say: Callable[[str], None]) -> Tracker:
+    """What compares a run with its config's curve. It has no points to compare with where there is no curve, or, with a line on
+    it, one of another model."""
+    none = Tracker(cfg, data_sha256, {"window": 1, "train": [], "val": []})
     if cfg.curve in ("", "off"):
-        return Untracked()
-    found = Tracker(cfg, data_sha256)
-    if unlike := found.unlike():
+        return none
+    curve = read(Path(cfg.curve))
+    recorded = curve["config"]
+    if unlike := [f"{n}={recorded[n]!r}" for n in SHAPE if n in recorded and recorded[n] != getattr(cfg, n)]:
         say(f"not compared with {cfg.curve}, which was recorded with {', '.join(unlike)}")
-        return Untracked()
-    return found
+        return none
+    return Tracker(cfg, data_sha256, curve)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -158,27 +138,25 @@ def record(argv: list[str]) -> None:
     cfg = configurator.load(argv, __doc__)
     if len(names) != 1:
         raise UserError("a curve is recorded of a config file: run python train.py config/x.py --record_curve")
-    sha256 = shards.open_dataset(Path(cfg.data_dir) / cfg.dataset).sha256
-    window, seeds = max(1, cfg.max_steps // POINTS), range(cfg.seed, cfg.seed + SEEDS)
-    losses, validations = [], []
+    window, seeds, logs = max(1, cfg.max_steps // POINTS), range(cfg.seed, cfg.seed + SEEDS), []
     with tempfile.TemporaryDirectory() as folder:
         for seed in seeds:
             out = Path(folder, str(seed))
             one = replace(cfg, seed=seed, out_dir=str(out), curve="off", keep_checkpoints=1, resume=False)
             print(f"seed {seed}: {cfg.max_steps} steps")
             scripts.run("train.py", *configurator.flags(one))
-            log, _ = scripts.read_log(out)
-            losses.append([r["loss"] for r in log if "loss" in r])
-            validations.append({r["step"]: r["val_loss"] for r in log if "val_loss" in r})
-            resolved = next(r["config"] for r in log if r.get("event") == "start")
-    checked = range(window, cfg.max_steps + 1, window)
+            logs.append(scripts.read_log(out)[0])
+    losses = [[r["loss"] for r in log if "loss" in r] for log in logs]
+    validations = [{r["step"]: r["val_loss"] for r in log if "val_loss" in r} for log in logs]
+    resolved = next(r["config"] for r in logs[0] if r.get("event") == "start")
+    means = {s: [statistics.fmean(run[s - window : s]) for run in losses] for s in range(window, cfg.max_steps + 1, window)}
     curve = {
         "source": f"our own runs on {machine.hardware_name(machine.pick_device(cfg.device)).rsplit(', ', 1)[0]}",
         "seeds": list(seeds),
         "window": window,
-        "data_sha256": sha256,
-        "config": {name: resolved[name] for name in [*SHAPE, *(name for names in CAUSES.values() for name in names)]},
-        "train": points({step: [statistics.fmean(run[step - window : step]) for run in losses] for step in checked}),
+        "data_sha256": shards.open_dataset(Path(cfg.data_dir) / cfg.dataset).sha256,
+        "config": {name: resolved[name] for name in itertools.chain(SHAPE, *CAUSES.values())},
+        "train": points(means),
         "val": points({step: [run[step] for run in validations] for step in validations[0]}),
     }
     path = configurator.find_file(names[0]).with_suffix(".curve.json")
@@ -194,8 +172,7 @@ def points(found: dict[int, list[float]]) -> list[dict]:
     The band is three standard deviations of one value about the mean of the others, with the deviation pooled over a point
     and its two neighbours on each side: three seeds alone tell it badly.
     """
-    steps = sorted(found)
-    n = len(found[steps[0]])
+    steps, n = sorted(found), len(next(iter(found.values())))
     spread = [statistics.stdev(found[s]) if n > 1 else 0.0 for s in steps]
     pooled = [math.sqrt(statistics.fmean(v * v for v in spread[max(0, i - 2) : i + 3])) for i in range(len(steps))]
     return [

@@ -67,15 +67,6 @@ def resolve(cfg: Config, imported: int, accumulate: Callable[[Run, int], Tensor]
     return cfg, Target(**here, imported=imported, accumulate=accumulate)
 
 
-def held_now() -> int:
-    """Bytes of memory that this process holds, in steps of 4 MiB, so that the same plan reads the same twice."""
-    try:
-        held = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:  # not Linux; there the peak
-        held = system.peak_memory()
-    return round(held / 2**22) * 2**22
-
-
 # ---- what does not fit ------------------------------------------------------------------------------------------------
 
 
@@ -310,7 +301,8 @@ def main(argv: list[str], accumulate: Callable[[Run, int], Tensor]) -> None:
     """Print the plan of the config and flags in argv. accumulate: train.accumulate, whose memory is followed."""
     if int(os.environ.get("RANK", 0)):
         return  # torchrun starts several processes, one of them prints
-    text, too_large = page(configurator.load(argv, __doc__), ROOT / "results", held_now(), accumulate)
+    imported = round(system.peak_memory() / 2**22) * 2**22  # so that the same plan reads the same twice
+    text, too_large = page(configurator.load(argv, __doc__), ROOT / "results", imported, accumulate)
     print(text)
     if too_large:
         raise UserError(too_large)

@@ -261,8 +261,7 @@ def test_a_forged_curve_is_refused_or_works(tmp_path_factory, draw):
     forged = tmp_path_factory.mktemp("curve") / "x.curve.json"
     forged.write_bytes(content)
     with only_user_errors():
-        tracker = curve.Tracker(Config(curve=str(forged)), "")
-        tracker.unlike()
+        tracker = curve.Tracker(Config(), "", curve.read(forged))
         for step in range(1, 5):
             tracker.step(step, 5.0)
             tracker.validated(step, 5.0)

@@ -19,8 +19,10 @@ from model import GPT
 from report import results
 
 A = Assumptions()
+PLAIN = replace(A, pipelined=False, tree=False)
+FAST = 1e9 * A.nvlink_gb_s * A.nvlink_achieved, cluster.NVLINK_HOP
+SLOW = 1e9 * A.network_gb_s * A.network_achieved, cluster.NETWORK_HOP
 FLOPS = 4e14
-EVERY = [(size, engine) for size in NAMES for engine in ENGINES]
 
 
 # ---- communication ----------------------------------------------------------------------------------------------------
@@ -48,7 +50,7 @@ def go_round(data: list[list[float]], rate: float, hop: float) -> float:
     return seconds
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("n", [1, 2, 5])
 def test_ring_takes_what_going_round_takes(n):
     data = [[random.Random(r).random() for _ in range(120 * n)] for r in range(n)]
     total = [sum(column) for column in zip(*data, strict=True)]
@@ -57,22 +59,20 @@ def test_ring_takes_what_going_round_takes(n):
     assert sum(ring(n, 120 * n, 1e3, 0.5, passes=2)) == pytest.approx(seconds)
 
 
-@pytest.mark.parametrize(("nodes", "local"), [(2, 2), (3, 4), (4, 2)])
+@pytest.mark.parametrize(("nodes", "local"), [(3, 4), (4, 2)])
 def test_collective_by_node_takes_what_its_rings_take(nodes, local):
     """Inside each node, then each GPU's share between the nodes, one after the other. Inside, rings are counted as one."""
     nbytes = 24 * nodes * local
     data = [[[random.Random(9 * i + j).random() for _ in range(nbytes)] for j in range(local)] for i in range(nodes)]
     total = [sum(column) for column in zip(*(gpu for node in data for gpu in node), strict=True)]
-    fast = 1e9 * A.nvlink_gb_s * A.nvlink_achieved, 1e-6 * A.nvlink_hop_us
-    slow = 1e9 * A.network_gb_s * A.network_achieved, 1e-6 * A.network_hop_us
     for node in data:
-        seconds = go_round(node, *fast)  # all at the same time
+        seconds = go_round(node, *FAST)  # all at the same time
     share = nbytes // local
     for j in range(local):
         same = [data[i][j][j * share : (j + 1) * share] for i in range(nodes)]
-        between = go_round(same, *slow)
+        between = go_round(same, *SLOW)
         assert all(mine == pytest.approx(total[j * share : (j + 1) * share]) for mine in same)
-    plain = replace(A, gpus_per_node=local, pipelined=False, tree=False)
+    plain = replace(PLAIN, gpus_per_node=local)
     assert collective(plain, nodes * local, nbytes, 2) == pytest.approx(seconds + between)
     assert collective(plain, nodes * local, nbytes, 1) == pytest.approx((seconds + between) / 2)
 
@@ -80,34 +80,28 @@ def test_collective_by_node_takes_what_its_rings_take(nodes, local):
 @pytest.mark.parametrize("n", [2, 8, 64, 1024])
 def test_better_ways_are_never_slower(n):
     for nbytes in (4, 1e6, 1e9):
-        plain = collective(replace(A, pipelined=False, tree=False), n, nbytes, 2)
+        plain = collective(PLAIN, n, nbytes, 2)
         assert collective(A, n, nbytes, 2) <= collective(replace(A, tree=False), n, nbytes, 2) <= plain
-        slowest = ring(n, nbytes, 1e9 * A.network_gb_s * A.network_achieved, 1e-6 * A.network_hop_us, 2)
-        assert plain <= sum(slowest)  # the textbook's one ring over the slowest link
+        assert plain <= sum(ring(n, nbytes, *SLOW, 2))  # the textbook's one ring over the slowest link
 
 
 # ---- steps ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("size", "engine"), EVERY)
-def test_a_step_lies_between_its_bounds_and_one_gpu_sends_nothing(size, engine):
-    for n in GPUS:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_step_lies_between_its_bounds_and_one_gpu_sends_nothing(engine):
+    for size, n in [(size, n) for size in NAMES for n in GPUS]:
         s = step(A, size, engine, n, FLOPS)
         expected, least, most = s.seconds()
-        assert least <= expected * (1 + 1e-12)
-        assert expected <= most * (1 + 1e-12)
+        assert least <= expected * (1 + 1e-12) <= most * (1 + 1e-11)
         assert 0 <= s.exposed <= s.communication * (1 + 1e-12)
         assert s.tokens == s.micro_batch * s.accumulation * n * A.sequence_length
-    alone = step(A, size, engine, 1, FLOPS)
-    assert (alone.communication, alone.exposed) == (0, 0)
-    assert alone == step(A, size, "ddp", 1, FLOPS)
+        assert (s.communication == 0) == (n == 1)
 
 
 def test_tokens_are_raised_only_where_a_gpu_would_get_no_equal_share():
     assert [step(A, "gpt2", "ddp", n, FLOPS).tokens // A.tokens_per_step for n in GPUS] == [1, 1, 1, 2]
     assert step(replace(A, tokens_per_step=3 * 1024), "gpt2", "ddp", 8, FLOPS).tokens == 8 * 3 * 1024
-    table = cluster.steps_table(A, FLOPS)
-    assert [row[1] for row in table.rows if "‡" in row[3]] == ["1,024"] * 3 * len(NAMES)
 
 
 def test_public_figures_are_met_as_docs_say():
@@ -120,10 +114,9 @@ def test_public_figures_are_met_as_docs_say():
 # ---- memory -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", NAMES)
-def test_parameters_are_those_of_the_model(size):
+def test_parameters_are_those_of_the_model():
     with torch.device("meta"):
-        model = GPT(cluster.shape(size))
+        model = GPT(cluster.shape("gpt2"))
     assert sum(cluster.parameters(model.cfg)) == sum(p.numel() for p in model.parameters())
     assert cluster.parameters(model.cfg)[0] == sum(p.numel() for p in model.transformer.h.parameters())
 
@@ -131,15 +124,11 @@ def test_parameters_are_those_of_the_model(size):
 @pytest.mark.parametrize("size", NAMES)
 def test_state_falls_with_gpus_from_that_of_ddp(size):
     cfg = cluster.shape(size)
-    P, whole = sum(cluster.parameters(cfg)), state_bytes(cfg, "ddp", 1)
+    whole = state_bytes(cfg, "ddp", 1)
     for engine in ENGINES:
         sizes = [state_bytes(cfg, engine, n) for n in range(1, 1025)]
         assert sizes[0] == whole
         assert sizes == sorted(sizes, reverse=True)
-        steps = [step(A, size, engine, n, FLOPS).memory for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)]
-        assert steps == sorted(steps, reverse=True)
-    casts = whole - 16 * P
-    assert state_bytes(cfg, "zero1", 2) - casts == pytest.approx((8 + 8 / 2) * P)  # 8 + 8/N while shares are above wte
     assert state_bytes(cfg, "fsdp", 1024) < state_bytes(cfg, "zero1", 1024) < whole
 
 
@@ -160,10 +149,7 @@ def kept_for_backward(cfg: GPTConfig, B: int, T: int) -> int:
     return sum(found.values())
 
 
-SHAPES = [dict(n_layer=2, n_head=4, n_embd=256), dict(n_layer=5, n_head=2, n_embd=128), dict(n_layer=1, n_head=8, n_embd=512)]
-
-
-@pytest.mark.parametrize("sizes", SHAPES)
+@pytest.mark.parametrize("sizes", [dict(n_layer=5, n_head=2, n_embd=128), dict(n_layer=1, n_head=8, n_embd=512)])
 def test_activations_are_what_torch_saves(sizes):
     """To 0.2%, and that is indices: int64 ids, targets and positions. Logits: log-softmax, 4 bytes each."""
     T, V = 128, 1000
@@ -183,7 +169,7 @@ def test_logits_take_twelve_bytes_at_their_worst():
     how |= dict(device="cpu", compile=False, fused_adamw=True)
     cfg = {B: Config(**how, batch_size=B, tokens_per_step=B * T) for B in (4, 8)}
     most = {B: sum(follow(c, 1, train.accumulate).at_peak.values()) for B, c in cfg.items()}
-    expected = cluster.activation_bytes(cfg[4], T) + A.logits_bytes * T * cfg[4].vocab_size
+    expected = cluster.activation_bytes(cfg[4], T) + cluster.LOGITS_BYTES * T * cfg[4].vocab_size
     assert (most[8] - most[4]) / 4 == pytest.approx(expected, rel=0.01)
 
 
@@ -216,72 +202,52 @@ def test_failures_cost_what_dice_say(mtbf):
 
 
 def test_rate_is_public_until_a_gpu_was_measured(tmp_path):
-    def write_ladder(device: str) -> dict:
-        result = ladder()
+    public, source = cluster.one_gpu(A, tmp_path)
+    assert "not measured here" in source
+    result = ladder()
+    path = tmp_path / "results" / "a-machine" / "ladder.json"
+    path.parent.mkdir(parents=True)
+    for device in ("cpu", "cuda"):
         result["machine"] |= dict(device=device, hardware=f"A {device}")
         for entry in result["rungs"]:
             entry |= dict(effective=dict(device=device, processes=1))
-        path = tmp_path / "results" / device / "ladder.json"
-        path.parent.mkdir(parents=True)
         path.write_text(json.dumps(result), encoding="utf-8")
-        return result
-
-    public, source = cluster.one_gpu(A, tmp_path)
-    assert "not measured here" in source
-    write_ladder("cpu")
-    assert cluster.one_gpu(A, tmp_path) == (public, source)
-    result = write_ladder("cuda")
-    flops, source = cluster.one_gpu(A, tmp_path)
+        found = cluster.one_gpu(A, tmp_path)
+        assert (found == (public, source)) == (device == "cpu")
     last = result["rungs"][2]
-    assert flops == pytest.approx(results.tokens_per_s(result, last) * results.flops_per_token(last["requested"]))
-    assert source.startswith("measured: r03_compile")
-    assert cluster.one_gpu(replace(A, tokens_per_s=1000), tmp_path)[1].startswith("from --tokens_per_s=1,000, not measured")
+    assert found[0] == pytest.approx(results.tokens_per_s(result, last) * results.flops_per_token(last["requested"]))
+    assert found[1].startswith("measured: r03_compile")
 
 
 def test_document_is_what_the_program_computes():
     cluster.main(["--check"])
 
 
-@pytest.fixture
-def copy(tmp_path, root):
-    """The document in a folder without results, and what cluster.py computes there."""
+def test_the_document_is_made_again_checked_and_left_alone(tmp_path, root, capsys):
     path = tmp_path / cluster.DOCUMENT
     path.parent.mkdir()
     path.write_text((root / cluster.DOCUMENT).read_text(encoding="utf-8"), encoding="utf-8")
     cluster.main([], tmp_path)
-    return path
-
-
-def test_a_changed_number_is_stale_and_a_lost_block_is_an_error(copy, tmp_path, capsys):
-    text = copy.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
     cluster.main(["--check"], tmp_path)
-    for name in ("steps", "memory", "checks", "failures"):
+    for name in ("steps", "memory", "checks", "failures"):  # a changed number is stale
         where = text.index("| ---", text.index(f"<!-- cluster {name} -->"))
         digit = next(i for i in range(where, len(text)) if text[i].isdigit())
-        copy.write_text(text[:digit] + str((int(text[digit]) + 1) % 10) + text[digit + 1 :], encoding="utf-8")
-        with pytest.raises(SystemExit) as stop:
+        path.write_text(text[:digit] + str((int(text[digit]) + 1) % 10) + text[digit + 1 :], encoding="utf-8")
+        with pytest.raises(SystemExit, match="1"):
             cluster.main(["--check"], tmp_path)
-        assert stop.value.code == 1
         assert "run python -m forecast.cluster" in capsys.readouterr().err
     cluster.main([], tmp_path)
-    assert copy.read_text(encoding="utf-8") == text
+    cluster.main(["--network_gb_s=25", "--tokens_per_s=1000"], tmp_path)  # other assumptions are printed
+    assert "from --tokens_per_s=1,000, not measured here" in capsys.readouterr().out
+    assert path.read_text(encoding="utf-8") == text
     for wrong in (text.replace("<!-- cluster memory -->", ""), text + text, text.replace("<!-- end -->", "", 1)):
-        copy.write_text(wrong, encoding="utf-8")
+        path.write_text(wrong, encoding="utf-8")
         with pytest.raises(UserError, match="once"):
             cluster.main(["--check"], tmp_path)
 
 
-def test_other_assumptions_are_printed(copy, tmp_path, capsys):
-    text = copy.read_text(encoding="utf-8")
-    cluster.main(["--network_gb_s=25", "--tokens_per_s=1000"], tmp_path)
-    assert "from --tokens_per_s=1,000, not measured here" in capsys.readouterr().out
-    assert copy.read_text(encoding="utf-8") == text
-
-
-@pytest.mark.parametrize(
-    ("flag", "message"),
-    [("--network_gb_s=0", "above 0"), ("--gpus_per_node=6", "power of two"), ("--nvlink=3", "nvlink_gb_s")],
-)
+@pytest.mark.parametrize(("flag", "message"), [("--network_gb_s=0", "above 0"), ("--gpus_per_node=6", "power of two")])
 def test_a_wrong_flag_is_one_line(flag, message):
     with pytest.raises(UserError, match=message):
         cluster.main([flag])
