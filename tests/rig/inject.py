@@ -3,7 +3,9 @@
 python tests/rig/inject.py --inject=NAME=ARGUMENTS … -- FLAGS arranges it, then trains.
 """
 
+import itertools
 import json
+import math
 import os
 import re
 import resource
@@ -79,15 +81,9 @@ def inject_die_inside(step: str, micro: str) -> None:
     """Die in the last process, in a step, when so many of its micro-batches are done."""
 
     def action(run: Run) -> None:
-        left = [int(micro)]
-
-        def hook(*_):
-            if not left[0]:
-                die()
-            left[0] -= 1
-
+        done = itertools.count()
         if run.world.rank == run.world.size - 1:
-            run.train_model.register_forward_pre_hook(hook)
+            run.train_model.register_forward_pre_hook(lambda *_: die() if next(done) == int(micro) else None)
 
     at_step(step, action)
 
@@ -98,9 +94,9 @@ def inject_nan(what: str, step: str, rank: str) -> None:
     def action(run: Run) -> None:
         mlp = run.model.transformer.h[-1].mlp
         if what == "loss":
-            mlp.register_forward_hook(lambda module, args, output: output * float("nan"))
+            mlp.register_forward_hook(lambda module, args, output: output * math.nan)
         else:
-            mlp.c_proj.bias.register_hook(lambda g: g * float("nan"))
+            mlp.c_proj.bias.register_hook(lambda g: g * math.nan)
 
     at_step(step, action, int(rank))
 

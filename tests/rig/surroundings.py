@@ -28,24 +28,15 @@ def damaged_shard(box: Box) -> str:
     def header(at: int, content: bytes) -> Callable[[bytes], bytes]:
         return lambda b: b[:at] + content + b[at + len(content) :]
 
-    cases: dict[str, Callable[[bytes], bytes]] = {
-        "cut off in the middle": lambda b: b[: len(b) // 2],
-        "one byte more": lambda b: b + b"\0",
-        "one byte less": lambda b: b[:-1],
-        "cut off in the header": lambda b: b[:100],
-        "another magic": header(0, b"PARQUET1"),
-        "3 bytes a token": header(12, struct.pack("<I", 3)),
-        "another vocabulary": header(16, struct.pack("<I", 50257)),
-        "2**60 tokens": header(20, struct.pack("<Q", 2**60)),
-        "another tokenizer": header(28, b"gpt2".ljust(32, b"\0")),
-        "one token changed": header(1000, b"\1"),
-    }
-    for n, (what, change) in enumerate(box.some(cases.items())):
+    cases = [lambda b: b[: len(b) // 2], lambda b: b[:100], lambda b: b[:-1], lambda b: b + b"\0"]
+    cases += [header(0, b"PARQUET1"), header(12, struct.pack("<I", 3))]  # another magic, 3 bytes a token
+    cases += [header(16, struct.pack("<I", 50257)), header(20, struct.pack("<Q", 2**60))]  # another vocabulary, too many tokens
+    cases += [header(28, b"gpt2".ljust(32, b"\0")), header(1000, b"\1")]  # another tokenizer, another token
+    for n, change in enumerate(box.some(cases)):
         name = ("train_000000.bin", "val_000000.bin")[n % 2]
         where = box.data(rewrite(name, change))
-        line = box.refused(box.path(), str(where / "tiny" / name), data_dir=str(where))
-        need("prepare" in line, f"{what}: the line does not name a remedy: {line}")
-    return "N/N named"
+        box.refused(box.path(), str(where / "tiny" / name), "prepare", data_dir=str(where))
+    return "N/N named, with what to run"
 
 
 @fault("F23", "a token id beyond the vocabulary", "found on the CPU, with shard and place")
