@@ -20,7 +20,6 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -135,22 +134,6 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> dict:
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-@contextlib.contextmanager
-def writing(final: Path, sharded: bool = False) -> Iterator[Path]:
-    """Yields the folder that becomes the checkpoint `final`, and removes it if that fails. UserError if the disk does not take
-    it. sharded: the folder exists, with the shards of all processes in it.
-    """
-    folder = beside(final, WRITING)
-    try:
-        if not sharded:
-            new_folder(folder)
-        yield folder
-    except OSError as e:
-        raise save_error(final, e.strerror or e) from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def new_folder(folder: Path) -> None:
     """Create an empty folder, in place of what a killed save has left there."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -162,8 +145,14 @@ def save_error(final: Path, reason: object) -> UserError:
 
 
 def write(final: Path, snapshot: Snapshot, tensors: dict[str, dict[str, Tensor]], sharded: bool = False) -> None:
-    """Make the checkpoint folder `final`, completely or not at all. tensors: {safetensors file: {name: tensor}}."""
-    with writing(final, sharded) as folder:
+    """Make the checkpoint folder `final`, completely or not at all. UserError if the disk does not take it.
+
+    tensors: {safetensors file: {name: tensor}}. sharded: the folder exists, with the shards of all processes in it.
+    """
+    folder = beside(final, WRITING)
+    try:
+        if not sharded:
+            new_folder(folder)
         entries = {name: write_safetensors(folder / name, content) for name, content in tensors.items()}
         write_config(folder, snapshot.cfg)
         (folder / "tokenizer.json").write_text(snapshot.tokenizer.to_json(), encoding="utf-8")
@@ -176,6 +165,10 @@ def write(final: Path, snapshot: Snapshot, tensors: dict[str, dict[str, Tensor]]
         sync(folder / "manifest.json")
         sync(folder)
         put_in_place(folder, final)
+    except OSError as e:
+        raise save_error(final, e.strerror or e) from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def put_in_place(folder: Path, final: Path) -> None:
