@@ -281,14 +281,19 @@ def test_streaming_never_breaks_a_character(parrot, monkeypatch, cache):
     assert len([piece for piece in pieces if piece.strip()]) > 10
 
 
-def test_several_samples_are_whole_texts_and_end_at_end_of_text(parrot, capsys):
-    sample.main([parrot, "--prompt=A", "--temperature=0", "--num_samples=2"])
-    assert capsys.readouterr().out == f"--- sample 1 of 2 ---\nA{TEXT}\n--- sample 2 of 2 ---\nA{TEXT}\n"
-
-
-def test_what_stands_before_an_empty_prompt_is_not_shown(parrot, capsys):
-    sample.main([parrot, "--temperature=0"])
-    assert capsys.readouterr().out == f"{TEXT}\n"
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--prompt=A", "--num_samples=2"], f"--- sample 1 of 2 ---\nA{TEXT}\n--- sample 2 of 2 ---\nA{TEXT}\n"),
+        ([], f"{TEXT}\n"),  # what stands before an empty prompt is not shown
+        (["--prompt=A", "--max_new_tokens=1"], "A\ufffd\n"),  # a part of a character
+        (["--prompt_file=FILE", "--max_new_tokens=0"], "ž\r\n\n"),
+    ],
+)
+def test_what_is_printed_is_the_prompt_and_the_text_up_to_its_end(parrot, tmp_path, capsys, flags, expected):
+    (tmp_path / "prompt.txt").write_bytes("ž\r\n".encode())
+    sample.main([parrot, "--temperature=0", *(flag.replace("FILE", str(tmp_path / "prompt.txt")) for flag in flags)])
+    assert capsys.readouterr().out == expected
 
 
 def test_an_empty_prompt_is_end_of_text_or_a_new_line_or_the_checkpoints_own_start(parrot, run_dir, tmp_path, monkeypatch):
@@ -300,24 +305,11 @@ def test_an_empty_prompt_is_end_of_text_or_a_new_line_or_the_checkpoints_own_sta
     assert asked == [[50256], [1], [0]]
 
 
-def test_a_cut_character_is_one_replacement_character(parrot, capsys):
-    assert GPT2Tokenizer().decode(GPT2Tokenizer().encode(TEXT)[:1]) != TEXT[0]
-    sample.main([parrot, "--prompt=A", "--temperature=0", "--max_new_tokens=1"])
-    assert capsys.readouterr().out == "A\ufffd\n"
-
-
 def test_a_long_prompt_is_shown_whole_and_said_to_be_cut(parrot, capsys):
     sample.main([parrot, "--prompt", "A " * 100, "--max_new_tokens=3"])
     shown = capsys.readouterr()
     assert shown.out.startswith("A " * 100)
     assert "its last 64 are used" in shown.err
-
-
-def test_the_prompt_from_a_file(parrot, capsys, tmp_path):
-    path = tmp_path / "prompt.txt"
-    path.write_bytes("ž\r\n".encode())
-    sample.main([parrot, f"--prompt_file={path}", "--max_new_tokens=0"])
-    assert capsys.readouterr().out == "ž\r\n\n"
 
 
 def test_the_prompt_from_standard_input_in_any_locale(parrot, run_script):
