@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -202,30 +201,21 @@ def test_the_log_holds_one_object_per_event(cfg, monkeypatch):
     assert start["step_done"] == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("step", [1, 3, 5])
-def test_a_signal_saves_and_the_resumed_run_is_the_uninterrupted_one(cfg, uninterrupted, interrupt, number, step):
-    """The step is finished and saved: every step is in the log once, and all is equal bit for bit. The first step, which may
-    compile, is not finished: nothing is lost."""
-    interrupt(step, lambda: os.kill(os.getpid(), number))
-    with pytest.raises(SystemExit) as e:
-        train.train(cfg)
-    assert e.value.code == 128 + number
-    assert [c.name for c in checkpoint.candidates(Path(cfg.out_dir))[:1]] == ([f"step_{step:08d}"] if step > 1 else [])
-    train.train(replace(cfg, resume="auto"))
-    assert [r["step"] for r in records(cfg) if "loss" in r] == [1, 2, 3, 4, 5, 6]
-    assert_same(cfg, uninterrupted)
-
-
-@pytest.mark.parametrize("step", [3, 4])
-def test_a_crash_loses_only_what_came_after_the_checkpoint(cfg, uninterrupted, interrupt, step):
-    """Checkpoints at 2, at 3 (the best validation so far) and at 4; a crash resumes from the one before it."""
-    interrupt(step, crash)
+@pytest.mark.parametrize(
+    ("number", "step", "kept"),
+    [(signal.SIGTERM, 1, []), (signal.SIGINT, 3, [3, 2]), (signal.SIGTERM, 5, [5, 4, 3]), (None, 3, [2]), (None, 4, [3, 2])],
+)
+def test_a_run_that_is_stopped_or_crashes_ends_as_the_uninterrupted_one(cfg, uninterrupted, interrupt, number, step, kept):
+    """A signal finishes and saves its step: each is in the log once. The first step, which may compile, is not finished:
+    nothing is lost. A crash loses what came after the last checkpoint, at 2, at 3 (the best validation so far) or at 4."""
+    interrupt(step, (lambda: os.kill(os.getpid(), number)) if number else crash)
     cfg = replace(cfg, checkpoint_interval=2)
-    with pytest.raises(RuntimeError, match="power cut"):
+    with pytest.raises(SystemExit if number else RuntimeError) as e:
         train.train(cfg)
-    assert restore.newest(Path(cfg.out_dir)).name == f"step_{step - 1:08d}"
-    train.train(replace(cfg, resume=True))
+    assert not number or e.value.code == 128 + number
+    assert [checkpoint.step_of(c) for c in checkpoint.candidates(Path(cfg.out_dir))] == kept
+    train.train(replace(cfg, resume="auto"))
+    assert not number or [r["step"] for r in records(cfg) if "loss" in r] == [1, 2, 3, 4, 5, 6]
     assert_same(cfg, uninterrupted)
 
 
@@ -271,15 +261,6 @@ def test_a_time_limit_saves_and_the_run_continues_later(cfg, uninterrupted, caps
     assert "stopped after 1e-06 minutes, after step 1; to continue: python train.py" in capsys.readouterr().out
     train.train(replace(cfg, resume=True))
     assert_same(cfg, uninterrupted)
-
-
-@pytest.mark.slow
-def test_a_time_limit_stops_all_processes_after_the_same_step(cfg, tmp_path):
-    cfg = replace(cfg, parallel="fsdp", resume="auto")
-    for now in (replace(cfg, max_minutes=1e-6), replace(cfg, max_minutes=1e-6), cfg):
-        ranks.run(2, tmp_path / "ranks", train.train, now)
-    assert [r["step_done"] for r in events(cfg, "start")] == [0, 1, 2]
-    assert [r["step"] for r in records(cfg) if "loss" in r] == [1, 2, 3, 4, 5, 6]
 
 
 def test_auto_begins_resumes_and_knows_when_it_is_done(cfg, uninterrupted, interrupt, capsys):

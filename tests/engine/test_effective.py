@@ -94,14 +94,6 @@ def test_a_toggle_that_is_on_is_seen_to_be_on(cfg, change):
         assert on[field] == value
 
 
-@pytest.mark.parametrize(("multiple", "rows"), [(1, 18), (64, 64)])
-def test_vocabulary_rows_are_those_of_the_matrix(cfg, multiple, rows):
-    assert cfg.vocab_size == 18
-    run, on = checked(replace(cfg, vocab_multiple=multiple))
-    assert on["padded_vocab_size"] == rows
-    assert on["parameters"] == sum(p.numel() for p in run.model.parameters()) - (rows - 18) * cfg.n_embd
-
-
 @pytest.mark.parametrize(("batch_size", "micro_batch", "accumulation"), [(1, 1, 8), (3, 2, 4), (99, 8, 1)])
 def test_the_micro_batch_is_what_forward_sees(cfg, batch_size, micro_batch, accumulation):
     run, on = checked(replace(cfg, batch_size=batch_size))
@@ -372,13 +364,10 @@ def test_a_toggle_that_does_nothing_is_named_with_its_remedy(cfg, monkeypatch, n
         train.train(cfg)
 
 
-def test_memory_that_cannot_be_kept_ends_the_run_before_its_first_step(cfg, monkeypatch):
+def test_what_is_known_before_the_first_step_is_refused_before_it(cfg, monkeypatch):
     monkeypatch.setattr(machine, "set_reuse_memory", lambda: False)
     with pytest.raises(UserError, match=r"reuse_memory=True.*--reuse_memory=False"):
         build(replace(cfg, reuse_memory=True))
-
-
-def test_processes_that_were_not_started_end_the_run_before_its_first_step(cfg):
     with pytest.raises(UserError, match="torchrun --nproc_per_node=2"):
         build(replace(cfg, processes=2))
 

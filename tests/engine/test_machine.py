@@ -86,14 +86,6 @@ def test_a_setting_that_is_not_available_is_refused_with_one_that_is(cfg, monkey
     assert machine.not_available(remedied, device) is None
 
 
-def test_a_gpu_without_bf16_gets_float16(cfg, monkeypatch, a_gpu):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    gpu = torch.device("cuda")
-    assert machine.resolve(replace(cfg, dtype="auto"), gpu)[0].dtype == "float16"
-    with pytest.raises(UserError, match="use --dtype=float16"):
-        machine.resolve(replace(cfg, dtype="bfloat16"), gpu)
-
-
 def test_a_machine_without_glibc_or_compiler_does_without_and_says_why(cfg, monkeypatch):
     """The compiler that is named is the one that is used."""
     monkeypatch.setattr(machine.platform, "libc_ver", lambda: ("musl", "1.2"))
@@ -155,13 +147,15 @@ def test_precision_is_found_from_the_error(monkeypatch, digits, name):
     assert machine.fp32_precision_measured(CPU) == name
 
 
-def test_the_best_precision_is_one_the_hardware_multiplies(monkeypatch):
-    expected = {True: ("bfloat16", "bfloat16", "float32"), False: ("float16", "float32", "float32")}
+def test_the_best_precision_is_one_the_hardware_multiplies(cfg, monkeypatch):
+    gpu, expected = torch.device("cuda"), {1: ("bfloat16", "bfloat16", "float32"), 0: ("float16", "float32", "float32")}
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     for bf16, best in expected.items():
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=1, b=bf16: including_emulation or b)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=bf16: has)
         assert tuple(machine.best_dtype(torch.device(kind)) for kind in ("cuda", "cpu", "mps")) == best
+    with pytest.raises(UserError, match="use --dtype=float16"):
+        machine.resolve(replace(cfg, dtype="bfloat16"), gpu)
 
 
 @pytest.mark.parametrize(
@@ -223,16 +217,6 @@ def test_huge_pages_are_not_taken_for_kept_memory(root):
         pytest.skip("this kernel gives no huge pages")
     code = "from engine import machine; print(machine.reuses_memory())"
     assert fresh(code, root, THP_MEM_ALLOC_ENABLE="1") == ["False"]
-
-
-def test_memory_is_counted_in_gib():
-    """This process has torch in it: more than 0.1 GiB, and no more than the machine."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    before = machine.memory_gib(CPU)
-    assert 0.1 < before < total
-    block = torch.ones(2**25)  # 128 MiB
-    assert before <= machine.memory_gib(CPU) < before + 0.2
-    del block
 
 
 def limited(share: float, processes: int) -> list[str]:
