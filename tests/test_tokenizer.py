@@ -86,10 +86,12 @@ def test_an_alphabet_needs_distinct_single_characters(characters):
         CharTokenizer(characters)
 
 
-def test_the_name_tells_alphabets_apart():
+def test_the_name_tells_alphabets_and_vocabularies_apart():
     names = [CharTokenizer.train(text).name for text in ("abc", "cba", "abd", "ab")]
     assert names[0] == names[1]
-    assert len(set(names)) == 3
+    names += [bpe.train([text], 258).name for text in ("abc", "abd")] + [bpe.train(["abd"], 259, ["<s>", "<|endoftext|>"]).name]
+    assert len(set(names)) == 6
+    assert all(len(name.encode("ascii")) <= 32 for name in names)  # a shard's header has room for no more
 
 
 # ---- JSON

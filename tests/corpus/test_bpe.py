@@ -11,7 +11,6 @@ import regex
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-import tokenizer
 from base.errors import UserError
 from corpus import bpe
 from tokenizer import END_OF_TEXT, BPETokenizer, blocks
@@ -127,34 +126,6 @@ def test_ids_are_the_textbooks(trained, texts, n, other):
     assert [trained.tokens[i] for i in trained.encode(other)] == textbook_encode(other, spelt(trained))
 
 
-def test_gpt2s_merges_give_gpt2s_ids(prose):
-    """Through the file that OpenAI published: merges of strings, in which each byte is a printable character."""
-    gpt2 = tokenizer.GPT2Tokenizer()
-    gpt2.encode("a")  # fetches the file if need be; an empty text needs none
-    source = tokenizer.GPT2_MERGES
-    path = tokenizer.cache_dir() / tokenizer.hashlib.sha1(source.url.encode()).hexdigest()
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-    id_of = {bytes([b]): b for b in range(256)}
-    merges = []
-    for line in path.read_text(encoding="utf-8").splitlines()[1:]:
-        left, right = (bytes(byte_of[c] for c in part) for part in line.split())
-        merges.append((id_of[left], id_of[right]))
-        id_of[left + right] = len(id_of)
-    own = BPETokenizer(merges)
-    assert own.vocab_size == gpt2.vocab_size
-    assert own.end_of_text == gpt2.end_of_text
-    for text in (prose, "日本語 🙂 naïve\t  \n"):
-        assert [own.tokens[i] for i in own.encode(text)] == [gpt2.decode_bytes([i]) for i in gpt2.encode(text)]
-
-
-def test_special_tokens_are_the_last_ids(trained):
-    assert trained.special_ids == {"<|user|>": 756, "<|user|><|end|>": 757, END_OF_TEXT: 758}
-    assert max(trained.encode(f"a  <|user|><|end|> b{END_OF_TEXT}")) < 756  # inside a text they are text
-    assert trained.decode([trained.start, 756]) == f"{END_OF_TEXT}<|user|>"
-
-
 def test_a_lone_surrogate_of_a_json_row_is_learnt_from_as_a_question_mark():
     assert spelt(train(["\ud800\ud800"], 1)) == [(b"?", b"?")]
 
@@ -193,12 +164,6 @@ def test_cuts_are_safe_beside_special_tokens(text, size):
 # ---- JSON
 
 
-def test_the_name_tells_vocabularies_apart(trained):
-    others = [train(["abc"], 1), train(["abd"], 1), train(["abd"], 1, ["<s>", END_OF_TEXT]), trained]
-    assert len({own.name for own in others}) == 4
-    assert all(len(own.name.encode("ascii")) <= 32 for own in others)  # a shard's header has room for no more
-
-
 MERGES = [[97, 98], [256, 99]]
 DOUBLING = [[97, 97], *([256 + k, 256 + k] for k in range(60))]
 
@@ -209,7 +174,6 @@ DOUBLING = [[97, 97], *([256 + k, 256 + k] for k in range(60))]
         ({"merges": None}, "list of pairs"),
         ({"merges": ["ab"]}, "list of pairs"),
         ({"merges": [[97, 98], [256]]}, "merge 1 must be two ids below 257"),
-        ({"merges": [[97, 256]]}, "merge 0 must be two ids below 256"),
         ({"merges": [[97, -1]]}, "merge 0"),
         ({"merges": [[97, True]]}, "merge 0"),
         ({"merges": [[97, 98], [98, 99], [256, 99], [97, 257]]}, "the same token"),
@@ -217,7 +181,6 @@ DOUBLING = [[97, 97], *([256 + k, 256 + k] for k in range(60))]
         ({"merges": [[97, 98]] * 2**20}, "a vocabulary of 1,048,833 tokens"),
         ({"special_tokens": None}, "list of strings"),
         ({"special_tokens": [1, END_OF_TEXT]}, "list of strings"),
-        ({"special_tokens": []}, "the last of them"),
         ({"special_tokens": ["<s>"]}, "the last of them"),
         ({"special_tokens": [END_OF_TEXT, END_OF_TEXT]}, "distinct"),
         ({"special_tokens": ["a b", END_OF_TEXT]}, "special token 'a b'"),

@@ -83,15 +83,12 @@ def test_rows_are_the_same_from_either_file_and_downloaded_once(sources, tmp_pat
     assert len(downloaded) == 2
 
 
-def test_without_both_files_the_error_is_one_line(sources, tmp_path):
+def test_fewer_rows_are_spread_evenly_and_without_both_files_the_error_is_one_line(sources, tmp_path):
     sources(jsonl=False, arrow=False)
     logged = []
     with pytest.raises(UserError, match="cannot download ARROW"):
         load_rows(tmp_path, log=logged.append)
     assert logged == ["cannot download JSONL; using another copy"]
-
-
-def test_fewer_rows_are_spread_evenly(sources, tmp_path):
     sources(jsonl=True, arrow=True)
     assert load_rows(tmp_path, 4) == [ROWS[i] for i in (0, 2, 5, 7)]
     with pytest.raises(UserError, match="rows=11 must lie between 1 and 10"):
