@@ -121,20 +121,6 @@ def test_a_wrong_command_on_two_processes_is_found_before_any_waits(arguments, c
     is_one_line_with("use --tokens_per_step=128", e.value.code, capsys.readouterr().err, "[rank 1] error: ")
 
 
-@pytest.mark.usefixtures("own_signals")
-def test_prepare_train_sample_without_a_newline_in_the_alphabet(tmp_path, tiny_run, capsys):
-    """The whole way, on one's own text of three characters."""
-    (tmp_path / "abc.txt").write_text("abc" * 1000)
-    prepare_data.main([f"{tmp_path}/abc.txt", "--tokenizer=char", f"--data_dir={tmp_path}"])
-    own = tiny_run | dict(dataset="abc", data_dir=str(tmp_path), vocab_size=3, out_dir=str(tmp_path / "run"), max_steps=40)
-    train.train(configurator.Config(**own))
-    capsys.readouterr()
-    sample.main([f"{tmp_path}/run", "--prompt=abcab", "--temperature=0", "--max_new_tokens=10"])
-    assert capsys.readouterr().out == "abcabcabcabcabc\n"
-    sample.main([f"{tmp_path}/run", "--temperature=0", "--max_new_tokens=6"])  # an empty prompt
-    assert set(capsys.readouterr().out) == set("abc\n")
-
-
 @pytest.fixture
 def trained(tiny_run, tmp_path) -> str:
     """The folder of a finished run of 6 steps."""

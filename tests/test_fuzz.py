@@ -1,8 +1,7 @@
 """Every untrusted file that is read, damaged at random: the result is a UserError or success, never another exception.
 
 Bytes are changed, JSON values become other JSON values, names gain ".." and "/", keys go and come; where a digest protects the
-file, a forger's manifest fits it again. Shards' headers, tokenizers and Hugging Face configs by themselves are fuzzed beside
-their other tests (test_data.py, test_tokenizer.py, test_bpe.py, test_pretrained.py).
+file, a forger's manifest fits it again. Tokenizers by themselves are fuzzed in test_tokenizer.py.
 """
 
 import contextlib
