@@ -27,8 +27,14 @@ from engine.run import Run
 from forecast import cluster
 from model import GPT
 
-# kind of storage: what it is, and what changes it
+# Bytes in gaps of malloc's heap that no tensor fits into, as a share of the tensors of a step: fitted on most of the runs that
+# LOG.md compares with their plans. Outside 10% there: shakespeare_char without kept memory +22%, two processes +13%, an eager
+# naive model in float32 -28%.
+HEAP_GAPS = 0.15
+
+# what a process holds: what it is, and what changes it
 KINDS = {
+    "the program": "Python, torch; what compiling leaves behind, if it does",
     "weights": "float32; smaller with a smaller --n_layer, --n_embd",
     "gradients": "float32, freed after each step",
     "AdamW's moments": "two float32 a parameter; --parallel=zero1 shares them between processes",
@@ -37,11 +43,9 @@ KINDS = {
     "logits": "grow with batch_size, T and the vocabulary",
     "temporaries": "of single operators, and gradients on their way",
     "copy to be saved": "from the first save on; none with --background_save=False",
+    "gaps in the heap": f"an allowance for what malloc cannot reuse: {HEAP_GAPS:.0%} of the tensors",
+    "held by other processes": "what --parallel=zero1 or fsdp shares out",
 }
-
-# Bytes in gaps of malloc's heap that no tensor fits into, as a share of the tensors of a step: fitted on most of the runs that
-# LOG.md compares with their plans. Most lie within 10%; small models, two processes and eager naive attention lie outside.
-HEAP_GAPS = 0.15
 
 # Bytes that a process holds besides its tensors and what it held after importing train.py: the rest of torch and its caches; if
 # it compiles, the compiler, and a little for each layer of a graph of the whole model. Measured with small models, torch 2.13.
@@ -106,13 +110,13 @@ class Fused(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is F.dropout:
-            return self._dropout(*args, **kwargs)
+            return one_byte_dropout(*args, **kwargs)
         if func is F.scaled_dot_product_attention and kwargs["dropout_p"]:
             if self.on_gpu:  # its kernels draw their dropout anew in backward
                 return func(*args, **kwargs | dict(dropout_p=0.0))
             if self.compiled:  # there is no fused kernel with dropout: separate matmuls, the scores kept in float32
                 q, k, v = args
-                return self._dropout(FusedSoftmax.apply(q @ k.transpose(-2, -1), torch.float32), kwargs["dropout_p"]) @ v
+                return one_byte_dropout(FusedSoftmax.apply(q @ k.transpose(-2, -1), torch.float32), kwargs["dropout_p"]) @ v
         if self.compiled and args and isinstance(args[0], Tensor) and args[0].dim() == 4:  # attention scores
             if func in (Tensor.__truediv__, Tensor.masked_fill):
                 return args[0]
@@ -120,10 +124,10 @@ class Fused(TorchFunctionMode):
                 return FusedSoftmax.apply(args[0], args[0].dtype)
         return func(*args, **kwargs)
 
-    @staticmethod
-    def _dropout(input: Tensor, p: float, training: bool = True, inplace: bool = False) -> Tensor:
-        """The mask has one byte an element; that of the plain CPU operator has the type of its input."""
-        return torch.native_dropout(input, p, True)[0] if p and training else input
+
+def one_byte_dropout(input: Tensor, p: float, training: bool = True, inplace: bool = False) -> Tensor:
+    """The mask has one byte an element; that of the plain CPU operator has the type of its input."""
+    return torch.native_dropout(input, p, True)[0] if p and training else input
 
 
 class FusedSoftmax(torch.autograd.Function):
@@ -268,13 +272,6 @@ def saves(cfg: Config) -> int:
     return len({last}.union(*(range(interval, last + 1, interval) for interval in often)))
 
 
-def program(cfg: Config, imported: int) -> int:
-    """Bytes of a training process without any tensor."""
-    if not cfg.compile:
-        return imported + PROGRAM
-    return imported + COMPILING + (COMPILING_A_LAYER * cfg.n_layer if cfg.compile_scope == "model" else 0)
-
-
 def memory(cfg: Config, target: Target) -> Memory:
     """What one process of a resolved run takes."""
     n = target.processes
@@ -288,7 +285,8 @@ def memory(cfg: Config, target: Target) -> Memory:
     copy = int(3 * parts["weights"] * owned) if cfg.background_save else 0
     if cfg.device == "cuda":
         return Memory(**found, parts=parts, host=copy)
-    base, often = program(cfg, target.imported), saves(cfg) > 1
+    whole_graph = COMPILING_A_LAYER * cfg.n_layer * (cfg.compile_scope == "model")
+    base, often = target.imported + (COMPILING + whole_graph if cfg.compile else PROGRAM), saves(cfg) > 1
     parts["gaps in the heap"] = int(HEAP_GAPS * sum(parts.values()))
     held = parts["weights"] + parts["AdamW's moments"] + parts.get("held by other processes", 0)
     saving = 0 if often or not copy else base + int((1 + HEAP_GAPS) * held) + copy

@@ -26,7 +26,7 @@ from engine import machine
 from engine.journal import duration
 from engine.run import Run, open_data
 from forecast import cluster
-from forecast.memory import HEAP_GAPS, KINDS, Memory, Target, memory, saves
+from forecast.memory import KINDS, Memory, Target, memory, saves
 from forecast.speed import Rate, rate
 from model import GPT
 from report.results import ms
@@ -199,18 +199,13 @@ def row(name: str, value: str, remark: str = "") -> str:
 
 def memory_rows(cfg: Config, found: Memory, target: Target) -> list[str]:
     """Each kind's share of the moment at which all together are largest."""
-    remarks = KINDS | {
-        "the program": "Python, torch" + (", what compiling leaves behind" if cfg.compile else ""),
-        "gaps in the heap": f"an allowance for what malloc cannot reuse: {HEAP_GAPS:.0%} of the tensors",
-        "held by other processes": f"--parallel={cfg.parallel}",
-    }
 
     def total(name: str, size: int, remark: str) -> str:
         too_much = target.free is not None and size > target.free
         return row(name, gib(size), f"TOO MUCH: {gib(target.free)} free; {remark}" if too_much else remark)
 
     where = "without what CUDA itself takes" if cfg.device == "cuda" else "as train.py logs it, mostly within 10%"
-    lines = [row(kind, gib(size), remarks[kind]) for kind, size in found.parts.items() if size]
+    lines = [row(kind, gib(size), KINDS[kind]) for kind, size in found.parts.items() if size]
     lines.append(total("predicted peak", found.training, (f"of {gib(target.total)}; " if target.total else "") + where))
     if found.saving > found.training:
         lines.append(total("while it saves", found.saving, "with a copy of its state; none with --background_save=False"))
@@ -254,7 +249,7 @@ def learning_rows(cfg: Config, found: Memory, target: Target, seen: Data) -> lis
 
 def notes(asked: Config, cfg: Config, found: Memory, target: Target) -> Iterator[str]:
     """What is odd about a run."""
-    if found.micro_batch != asked.batch_size and asked.batch_size != "auto":
+    if found.micro_batch != asked.batch_size != "auto":
         yield f"batch_size={asked.batch_size} does not divide a process's share of the step: {found.micro_batch} does"
     if 0 < cfg.max_steps <= cfg.warmup_steps:
         yield f"warmup_steps={cfg.warmup_steps} is all of max_steps={cfg.max_steps}: the learning rate never comes down"

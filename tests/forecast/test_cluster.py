@@ -25,9 +25,6 @@ SLOW = 1e9 * A.network_gb_s * A.network_achieved, cluster.NETWORK_HOP
 FLOPS = 4e14
 
 
-# ---- communication ----------------------------------------------------------------------------------------------------
-
-
 def go_round(data: list[list[float]], rate: float, hop: float) -> float:
     """A ring all-reduce, done: every rank's list becomes the sum of all. Each number is a byte. Returns the seconds."""
     n, seconds = len(data), 0.0
@@ -85,9 +82,6 @@ def test_better_ways_are_never_slower(n):
         assert plain <= sum(ring(n, nbytes, *SLOW, 2))  # the textbook's one ring over the slowest link
 
 
-# ---- steps ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_step_lies_between_its_bounds_and_one_gpu_sends_nothing(engine):
     for size, n in [(size, n) for size in NAMES for n in GPUS]:
@@ -109,9 +103,6 @@ def test_public_figures_are_met_as_docs_say():
     off = [float(row[-1].rstrip("%")) for row in cluster.checks_table(A).rows]
     assert all(abs(off[i]) < 10 for i in (0, 2, 3, 4, 5, 6))
     assert all(abs(x) < 25 for x in (off[1], off[9]))
-
-
-# ---- memory -----------------------------------------------------------------------------------------------------------
 
 
 def test_parameters_are_those_of_the_model():
@@ -173,9 +164,6 @@ def test_logits_take_twelve_bytes_at_their_worst():
     assert (most[8] - most[4]) / 4 == pytest.approx(expected, rel=0.01)
 
 
-# ---- failures ---------------------------------------------------------------------------------------------------------
-
-
 def lost(interval: float, save: float, mtbf: float, restart: float, hours: float = 3000.0) -> float:
     """The share of the time lost in a run with failures thrown as dice."""
     dice, now, done, kept = random.Random(1), 0.0, 0.0, 0.0
@@ -198,9 +186,6 @@ def test_failures_cost_what_dice_say(mtbf):
     assert all(lost(interval * f, 30.0, mtbf, 100.0) > lost(interval, 30.0, mtbf, 100.0) for f in (0.25, 4))
 
 
-# ---- one GPU's rate, and the document ---------------------------------------------------------------------------------
-
-
 def test_rate_is_public_until_a_gpu_was_measured(tmp_path):
     public, source = cluster.one_gpu(A, tmp_path)
     assert "not measured here" in source
@@ -217,10 +202,6 @@ def test_rate_is_public_until_a_gpu_was_measured(tmp_path):
     last = result["rungs"][2]
     assert found[0] == pytest.approx(results.tokens_per_s(result, last) * results.flops_per_token(last["requested"]))
     assert found[1].startswith("measured: r03_compile")
-
-
-def test_document_is_what_the_program_computes():
-    cluster.main(["--check"])
 
 
 def test_the_document_is_made_again_checked_and_left_alone(tmp_path, root, capsys):

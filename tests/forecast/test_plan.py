@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -60,9 +59,6 @@ def tensors(**changes) -> int:
 
 def parameters(cfg: Config) -> int:
     return sum(p.numel() for p in GPT(cfg).parameters())
-
-
-# ---- the ledger -------------------------------------------------------------------------------------------------------
 
 
 def test_a_ledger_counts_what_lives_by_hand():
@@ -150,9 +146,6 @@ def test_a_copy_to_be_saved_is_counted_once_it_is_there():
     assert memory.memory(replace(cfg, device="cuda"), target()).host == copies
 
 
-# ---- against runs -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [[], ["--compile=True", "--dtype=auto", "--reuse_memory=True"]])
 def test_the_predicted_peak_is_near_that_of_a_run(run_script, tiny_flags, tmp_path, how):
@@ -182,9 +175,6 @@ def test_loss_at_step_0_is_that_of_a_model(init):
     log, more = plan.expected_loss(cfg)
     assert more > 0.09
     assert found == pytest.approx(log + more, abs=0.05)
-
-
-# ---- speed ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -240,9 +230,6 @@ def test_results_of_older_versions_are_read(results):
     found = speed.rate(config(compile=True), 1, HERE, results)
     assert found.source.endswith("r00_fp32")
     assert found.unlike == ("compile",)
-
-
-# ---- what does not fit, and the page ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -364,20 +351,16 @@ def test_the_plan_is_one_page_and_notes_what_is_odd(run):
     assert "not of random ones" in odd
 
 
-def test_a_gpu_is_planned_for_without_one(run, monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
+def test_a_gpu_is_planned_for_without_one_or_as_its_drivers_tool_says(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'No devices were found'\n", encoding="utf-8")
+    tool.chmod(0o755)
     page, _ = run(free=0, device="cuda", dtype="auto", compile="auto", reuse_memory="auto", processes=2, parallel="zero1")
     assert page.startswith("a GPU that is not here: cuda, bfloat16, sdpa attention, compiled by model, ")
     assert "2 processes, zero1" in page
     assert "held by other processes" in page
-    assert not torch.cuda.is_initialized()
-
-
-def test_a_gpu_that_is_here_is_asked_for_by_its_drivers_tool(run, monkeypatch, tmp_path):
-    tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho 'NVIDIA H200, 143771, 9.0'\necho 'NVIDIA H200, 143771, 9.0'\n", encoding="utf-8")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     page, _ = run(device="cuda", dtype="auto", compile="auto", reuse_memory="auto")
     assert page.startswith("NVIDIA H200: cuda, bfloat16")
     assert "of 140.40;" in page
@@ -386,6 +369,8 @@ def test_a_gpu_that_is_here_is_asked_for_by_its_drivers_tool(run, monkeypatch, t
     assert plan.ask_for_gpu() == ("Tesla T4", MIB, 7.5)
     with pytest.raises(UserError, match="dtype=bfloat16"):  # what it cannot multiply is refused, and is no remedy
         run(device="cuda", dtype="bfloat16")
-    assert "bfloat16" not in run(device="cuda")[1]
-    tool.write_text("#!/bin/sh\necho 'No devices were found'\n", encoding="utf-8")
-    assert plan.ask_for_gpu() is None
+    for capability, available in ((9.0, True), (7.5, False)):
+        tool.write_text(f"#!/bin/sh\necho 'A GPU, 4, {capability}'\n", encoding="utf-8")
+        error = run(device="cuda", block_size=1024, tokens_per_step=1024, batch_size=1)[1]
+        assert ("use --dtype=bfloat16" in error) == available, error
+    assert not torch.cuda.is_initialized()
