@@ -74,7 +74,6 @@ def test_targets_are_inputs_shifted_by_one(case, batch_size, step, world, order)
     assert x.is_contiguous()
     assert y.is_contiguous()
     assert (y == x + 1).all()  # in these streams the next token is the next number
-    assert (x[:, 1:] == y[:, :-1]).all()
 
 
 @given(streams(), st.permutations(range(8)), st.integers(0, 9))

@@ -171,7 +171,6 @@ DOUBLING = [[97, 97], *([256 + k, 256 + k] for k in range(60))]
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"merges": None}, "list of pairs"),
         ({"merges": ["ab"]}, "list of pairs"),
         ({"merges": [[97, 98], [256]]}, "merge 1 must be two ids below 257"),
         ({"merges": [[97, -1]]}, "merge 0"),
@@ -179,7 +178,6 @@ DOUBLING = [[97, 97], *([256 + k, 256 + k] for k in range(60))]
         ({"merges": [[97, 98], [98, 99], [256, 99], [97, 257]]}, "the same token"),
         ({"merges": DOUBLING}, "merge 25 are longer than"),
         ({"merges": [[97, 98]] * 2**20}, "a vocabulary of 1,048,833 tokens"),
-        ({"special_tokens": None}, "list of strings"),
         ({"special_tokens": [1, END_OF_TEXT]}, "list of strings"),
         ({"special_tokens": ["<s>"]}, "the last of them"),
         ({"special_tokens": [END_OF_TEXT, END_OF_TEXT]}, "distinct"),
