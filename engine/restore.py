@@ -4,6 +4,7 @@ A checkpoint, a crash capsule or a folder in the Hugging Face layout may be untr
 them names: only load_named(), for what the user typed on the command line, reads a config file.
 """
 
+import contextlib
 import json
 import re
 import warnings
@@ -80,12 +81,10 @@ def runs_in(folder: Path) -> list[str]:
     except OSError:
         return []
     for path, checkpoint in runs.items():
-        line = f"  {path}  step {step_of(checkpoint)}"
-        try:
-            loss = read_training(checkpoint)["val_loss"]
-        except UserError:
-            loss = None
-        lines.append(line if loss is None else f"{line}, val_loss {loss:.4f}")
+        lines.append(f"  {path}  step {step_of(checkpoint)}")
+        with contextlib.suppress(UserError):
+            if (loss := read_training(checkpoint)["val_loss"]) is not None:
+                lines[-1] += f", val_loss {loss:.4f}"
     return lines
 
 
