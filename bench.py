@@ -24,13 +24,12 @@ of a shared machine hits all alike. Results go to results/<hardware>/<command>.j
 that is printed.
 """
 
-import signal
 import sys
 from pathlib import Path
 
 import torch
 
-from base import settings
+from base import scripts, settings
 from base.errors import UserError, entry, near_name
 from engine import machine
 from measure import ab, decoding, ladder, results, verify, whole_runs, why
@@ -84,7 +83,7 @@ def show(path: Path, result: dict) -> None:
 
 
 def main(argv: list[str]) -> None:
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that worker processes are ended
+    scripts.end_on_sigterm()
     if argv[:1] == ["scale"]:
         return show(*study.command(argv[1:]))
     words, flags = settings.split_positional(BenchConfig(), argv)

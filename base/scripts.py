@@ -68,6 +68,19 @@ def end_with_parent(parent: int, how: int = signal.SIGKILL) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def end_on_sigterm() -> None:
+    """Let SIGTERM end this process in one line, as an exception does: what it has started ends before it. A second SIGTERM must
+    not interrupt that.
+    """
+
+    def end(number: int, _) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        os.write(2, b"stopped by SIGTERM\n")  # print() cannot be called again from within itself
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
+
+
 @contextlib.contextmanager
 def started(line: list[str], *, stdout: int | IO = subprocess.PIPE, stderr: int | IO | None = None, env=None) -> Iterator:
     """A subprocess.Popen with text streams, in the repository's root. It ends when the block does, by SIGTERM and, if that does

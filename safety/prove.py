@@ -142,15 +142,18 @@ def prove_kills(cfg: Config, kills: int, seed: int = 0) -> dict:
     for kill, target in enumerate(targets):
         command = scripts.command("train.py", *configurator.flags(broken), processes=max(1, broken.processes))
         going = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
-        while going.poll() is None and last_step(out) < target:
-            time.sleep(0.05)
-        while going.poll() is None and kill % 2 and not any(out.glob(checkpoint.WRITING + "*")):
-            time.sleep(0.002)
-        time.sleep(random.uniform(0.0, 0.7))
-        if going.poll() is not None:
-            raise UserError(f"the run ended by itself before kill {kill + 1} of {kills}: use a larger --max_steps")
-        os.killpg(going.pid, signal.SIGKILL)
-        going.wait()
+        try:
+            while going.poll() is None and last_step(out) < target:
+                time.sleep(0.05)
+            while going.poll() is None and kill % 2 and not any(out.glob(checkpoint.WRITING + "*")):
+                time.sleep(0.002)
+            time.sleep(random.uniform(0.0, 0.7))
+            if going.poll() is not None:
+                raise UserError(f"the run ended by itself before kill {kill + 1} of {kills}: use a larger --max_steps")
+        finally:  # also if this process is stopped meanwhile
+            if going.poll() is None:
+                os.killpg(going.pid, signal.SIGKILL)
+            going.wait()
         saving = sorted(p.name for p in out.glob(checkpoint.WRITING + "*"))
         found = [c.name for c in checkpoint.candidates(out)]
         events.append({"last_step": last_step(out), "was_writing": saving, "newest": found[0] if found else None})

@@ -14,6 +14,7 @@ import pytest
 from base import scripts
 from configurator import Config
 from measure import fresh, worker
+from safety import prove
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_every_job_is_a_fresh_process_that_is_told_all(cfg, in_place_of_the_work
         ("print('error: the data is gone', file=sys.stderr); sys.exit(2)", "status 2: error: the data is gone", False),
         ("os.kill(os.getpid(), signal.SIGSEGV)", "ended by SIGSEGV", False),
         ("os.kill(os.getpid(), signal.SIGKILL)", "ended by SIGKILL, probably out of memory", True),
-        ("sys.stderr.buffer.write(b'caf\\xe9\\n'); sys.exit(1)", "caf", False),
+        ("sys.stderr.buffer.write(b'caf\\xe9\\n'); sys.exit(1)", "status 1: caf", False),
     ],
 )
 def test_a_worker_that_dies_is_one_line_that_names_the_signal(cfg, in_place_of_the_worker, code, word, memory):
@@ -122,13 +123,15 @@ def wait_until(condition, what: str, seconds: float = 60.0):
     ],
 )
 def test_killing_a_script_leaves_no_worker_running(how, processes, tmp_path, root):
-    """A script in the middle of scripts.run(), as bench.py is while it measures; two processes are torchrun's."""
+    """A script in the middle of scripts.run(), as bench.py is while it measures; two processes are torchrun's. The worker takes
+    its time to end, as a training run that saves; `timeout` and others send SIGTERM twice.
+    """
     note = f"open({str(tmp_path)!r} + '/pid' + os.environ.get('RANK', '0'), 'w').write(str(os.getpid()))"
-    (tmp_path / "worker.py").write_text(f"import os, time\n{note}\ntime.sleep(300)")
-    handler = "signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))"  # as in bench.main()
+    slowly = "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), sys.exit()))"
+    (tmp_path / "worker.py").write_text(f"import os, signal, sys, time\n{slowly}\n{note}\ntime.sleep(300)")
     start = f"scripts.run({str(tmp_path / 'worker.py')!r}, processes={processes})"
-    code = f"import signal, sys\nfrom base import scripts\n{handler}\n{start}"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=root, stderr=subprocess.DEVNULL)
+    code = f"from base import scripts\nscripts.end_on_sigterm()\n{start}"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=root, stderr=subprocess.PIPE, encoding="utf-8")
 
     def pids() -> list[int]:
         return [int(text) for path in tmp_path.glob("pid*") if (text := path.read_text())]
@@ -136,5 +139,31 @@ def test_killing_a_script_leaves_no_worker_running(how, processes, tmp_path, roo
     wait_until(lambda: len(pids()) == processes, "it does not start")
     assert all(map(is_running, pids()))
     process.send_signal(how)
-    assert process.wait(60) != 0
+    if how == signal.SIGTERM:
+        time.sleep(0.2)
+        process.send_signal(how)
+    _, complaint = process.communicate(timeout=60)
+    assert process.returncode != 0
+    if how == signal.SIGTERM:
+        assert complaint == "stopped by SIGTERM\n"
+        assert not any(map(is_running, pids()))  # before it, not after
     wait_until(lambda: not any(map(is_running, pids())), "a worker is left running")
+
+
+def test_stopping_a_series_of_kills_ends_the_run_that_was_to_be_killed(cfg, monkeypatch):
+    """It is in a session of its own, so Ctrl-C in the terminal does not reach it."""
+    runs, popen = [], subprocess.Popen
+
+    def start(*_, **how):
+        runs.append(popen([sys.executable, "-c", "import time; time.sleep(300)"], **how))
+        return runs[0]
+
+    def stop(out):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prove, "train", lambda cfg: None)
+    monkeypatch.setattr(prove, "last_step", stop)
+    monkeypatch.setattr(subprocess, "Popen", start)
+    with pytest.raises(KeyboardInterrupt):
+        prove.prove_kills(replace(cfg, max_steps=20, checkpoint_interval=5), kills=1)
+    assert runs[0].poll() is not None
