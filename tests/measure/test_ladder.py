@@ -46,6 +46,8 @@ def chain(rungs) -> list[Rung]:
 
 
 def test_each_rung_changes_one_setting_of_the_rung_before(rungs, chain):
+    """And only settings of speed: tokens per step, seed, data, data order, model and optimizer are those of the first rung."""
+    speed = "device dtype fp32_precision compile compile_scope attention vocab_multiple fused_adamw reuse_memory prefetch"
     assert len(rungs) >= 8
     assert rungs[0].changes == {}
     for before, rung in itertools.pairwise(chain):
@@ -54,24 +56,14 @@ def test_each_rung_changes_one_setting_of_the_rung_before(rungs, chain):
         assert list(configurator.diff(before.cfg, rung.cfg)) == list(rung.changes)
     values = [(f, r.changes[f][1]) for r in chain[1:] for f in r.changes]
     assert len(set(values)) == len(values)  # no setting to the same value twice
+    assert {f for r in rungs for f in configurator.diff(rungs[0].cfg, r.cfg)} <= {*speed.split(), "processes", "batch_size"}
     assert all(re.match(r"Rung \d+", r.title) for r in rungs)
-
-
-def test_a_twin_stands_beside_its_rung_and_nothing_stands_on_it(rungs):
     twins = [r for r in rungs if is_twin(r.name)]
     assert twins
-    for twin in twins:
+    for twin in twins:  # it stands beside its rung, and nothing stands on it
         beside = rungs[rungs.index(twin) - 1]
         assert (twin.versus, list(twin.changes)) == (beside.versus, list(beside.changes))
     assert not {r.versus for r in rungs} & {t.name for t in twins}
-
-
-def test_what_is_learned_is_the_same_on_all_rungs(rungs):
-    """Tokens per step, sequence length, seed, data, data order, model and optimizer: only settings of speed change."""
-    speed = "device dtype fp32_precision compile compile_scope attention vocab_multiple fused_adamw reuse_memory prefetch"
-    allowed = {*speed.split(), "processes", "batch_size"}
-    for rung in rungs:
-        assert configurator.diff(rungs[0].cfg, rung.cfg).keys() <= allowed
 
 
 @pytest.mark.parametrize(
@@ -107,20 +99,18 @@ def test_what_this_machine_cannot_run_is_told_with_the_reason(rungs, monkeypatch
 @pytest.mark.slow
 def test_a_precision_is_tried_in_a_process_of_its_own():
     """And gives the same answer as here."""
-    device = CPU
-    machine.set_fp32_precision("bf16", device)
+    machine.set_fp32_precision("bf16", CPU)
     try:
-        expected = machine.fp32_precision_measured(device)
+        expected = machine.fp32_precision_measured(CPU)
     finally:
-        machine.set_fp32_precision("ieee", device)
+        machine.set_fp32_precision("ieee", CPU)
     assert ladder.precision_that_runs("bf16", "cpu") == expected
 
 
 def test_what_would_be_no_other_measurement_is_told(rungs, monkeypatch):
-    cfg = replace(rungs[0].cfg, batch_size=8, tokens_per_step=1024, sequence_length=256)
-    assert "--tokens_per_step" in ladder.pointless(cfg, CPU)
-    cfg = replace(cfg, tokens_per_step=2048)
+    cfg = replace(rungs[0].cfg, batch_size=8, tokens_per_step=2048, sequence_length=256)
     assert ladder.pointless(cfg, CPU) is None
+    assert "--tokens_per_step" in ladder.pointless(replace(cfg, tokens_per_step=1024), CPU)
     assert ladder.pointless(replace(cfg, attention="blocked"), torch.device("cuda"))
     monkeypatch.setattr(system, "cores", lambda: 1)
     assert "2 cores" in ladder.pointless(replace(cfg, processes=2), CPU)
@@ -130,18 +120,20 @@ def test_what_would_be_no_other_measurement_is_told(rungs, monkeypatch):
 
 
 def test_where_everything_is_available_the_chain_is_the_ladder(rungs, chain, available):
-    """Each rung stands on the one before it, the first twin's neighbour included, and the top has all settings."""
+    """Each rung stands on the one before it, the top has all settings, and micro-batches keep their ratio."""
     available()
-    climbed, skipped = ladder.climb(rungs, sizes(), CPU)
+    climbed, skipped = ladder.climb(rungs, sizes(batch_size=3, n_layer=2, tokens_per_step=64 * 640), CPU)
     assert skipped == {}
     assert {r.name: r.versus for r in climbed} == {r.name: r.versus for r in rungs}
     by_name = {r.name: r for r in climbed}
     for asked, rung in zip(rungs, climbed, strict=True):
         assert list(rung.changes) == list(asked.changes)
         assert configurator.diff(by_name[rung.versus].cfg, rung.cfg) == rung.changes
+        assert rung.cfg.batch_size * rungs[0].cfg.batch_size == asked.cfg.batch_size * 3
+        assert (rung.cfg.n_layer, rung.cfg.T, rung.cfg.tokens_per_step) == (2, 64, 64 * 640)
     wanted = {field: value for asked in chain[1:] for field, (_, value) in asked.changes.items()}  # of two, the later
-    for field, value in wanted.items():
-        assert getattr(climbed[-1].cfg, field) == value, f"{field} was lost on the way up"
+    wanted |= dict(batch_size=climbed[-1].cfg.batch_size)
+    assert {field: getattr(climbed[-1].cfg, field) for field in wanted} == wanted  # nothing was lost on the way up
 
 
 def test_a_setting_that_is_not_available_is_left_out_above_and_its_reason_kept(rungs, chain, available):
@@ -162,15 +154,6 @@ def test_a_setting_that_is_not_available_is_left_out_above_and_its_reason_kept(r
     assert {r.versus for r in climbed} == {rungs[0].name}
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 16])
-def test_micro_batches_keep_their_ratio_and_all_else_its_size(rungs, available, batch_size):
-    available()
-    climbed, _ = ladder.climb(rungs, sizes(batch_size=batch_size, n_layer=2, tokens_per_step=64 * 640), CPU)
-    for rung, original in zip(climbed, rungs, strict=True):
-        assert rung.cfg.batch_size * rungs[0].cfg.batch_size == original.cfg.batch_size * batch_size
-        assert (rung.cfg.n_layer, rung.cfg.T, rung.cfg.tokens_per_step) == (2, 64, 64 * 640)
-
-
 # ---- rounds ---------------------------------------------------------------------------------------------------------------
 
 
@@ -179,23 +162,16 @@ def named(*names: str) -> list[Rung]:
     return [Rung(n, f"the {n}", Config(wandb_project=n), names[max(0, i - 1)], {}) for i, n in enumerate(names)]
 
 
-def test_rounds_are_interleaved(workers):
+def test_rounds_are_interleaved_and_a_rung_that_fails_is_not_run_again(workers):
     """All rungs, then all again: drift of the machine hits all alike. Losses are compared in the first round only."""
-    started = workers()
-    found, _ = ladder.run_rounds(named("a", "b", "c"), {}, sizes(rounds=3, steps=8), min_timed=2)
-    assert [cfg.wandb_project for cfg, _ in started] == ["a", "b", "c"] * 3
-    assert [how["steps"] for _, how in started] == [8] * 3 + [1] * 6
-    assert {how["min_timed"] for _, how in started} == {2}
-    assert {name: len(rounds) for name, rounds in found.items()} == {"a": 3, "b": 3, "c": 3}
-
-
-def test_a_rung_that_fails_is_skipped_with_its_reason_and_not_run_again(workers):
     started = workers(lambda cfg: {"error": "it burns"} if cfg.wandb_project == "b" else result(cfg))
     skipped = {"c": "known before"}
-    found, _ = ladder.run_rounds(named("a", "b", "c", "d"), skipped, sizes(rounds=3), min_timed=2)
+    found, _ = ladder.run_rounds(named("a", "b", "c", "d"), skipped, sizes(rounds=3, steps=8), min_timed=2)
     assert [cfg.wandb_project for cfg, _ in started] == ["a", "b", "d", "a", "d", "a", "d"]
+    assert [how["steps"] for _, how in started] == [8] * 3 + [1] * 4
+    assert {how["min_timed"] for _, how in started} == {2}
     assert skipped == {"b": "it burns", "c": "known before"}
-    assert found["b"] == found["c"] == []
+    assert {name: len(rounds) for name, rounds in found.items()} == {"a": 3, "b": 0, "c": 0, "d": 3}
 
 
 def test_all_rungs_get_smaller_micro_batches_when_one_needs_more_memory(rungs, available, workers, capsys):
@@ -214,16 +190,12 @@ def test_all_rungs_get_smaller_micro_batches_when_one_needs_more_memory(rungs, a
     assert not any("skipped" in e for e in found["rungs"])
 
 
-def test_micro_batches_of_one_that_do_not_fit_are_one_clear_line():
-    tried = []
-
-    def attempt(s: BenchConfig) -> dict:
-        tried.append(s.batch_size)
-        raise ladder.OutOfMemory("r00_fp32: 8 GiB short")
-
+def test_micro_batches_of_one_that_do_not_fit_are_one_clear_line(rungs, available, workers):
+    available()
+    started = workers(lambda cfg: {"error": "8 GiB short", "out_of_memory": True})
     with pytest.raises(UserError, match=r"r00_fp32: 8 GiB short.*--sequence_length"):
-        ladder.with_smaller_batches(sizes(batch_size=6), attempt)
-    assert tried == [6, 3, 1]
+        ladder.ladder(sizes(batch_size=6, rounds=1), CPU)
+    assert [cfg.batch_size for cfg, _ in started] == [6, 3, 1]
 
 
 def test_a_ladder_without_its_first_rung_still_has_a_table(rungs, available, workers):
@@ -291,33 +263,25 @@ def test_candidates_are_the_top_rung_with_one_other_setting(available, workers):
 # ---- a small ladder in real processes -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def real(prepared, tiny_run, tmp_path_factory) -> tuple[dict, str]:
-    """(the results, what was printed) of `bench.py ladder` over two real rungs and one that needs more cores."""
-    folder = tmp_path_factory.mktemp("ladder")
+@pytest.mark.slow
+def test_results_hold_raw_times_what_was_on_and_the_losses_of_training(
+    prepared, tiny_run, tmp_path, monkeypatch, capsys, own_signals
+):
+    """Every step's time, those of the warm-up too: where it ended is a judgement, and others judge it by the raw times. Of two
+    real rungs and one that needs more cores.
+    """
     values = tiny_run | dict(compile=False, fused_adamw=False, prefetch=False)
     for number, more in enumerate(["", "fused_adamw=True", f"fused_adamw=True, processes={system.cores() + 1}"]):
         text = f"from dataclasses import replace\nfrom configurator import Config\nconfig = Config(**{values!r})\n"
         text += f"config = replace(config, {more})\n"
-        (folder / f"r{number:02}_rung.py").write_text(f'"""Rung {number}: a thing."""\n{text}', encoding="utf-8")
+        (tmp_path / f"r{number:02}_rung.py").write_text(f'"""Rung {number}: a thing."""\n{text}', encoding="utf-8")
     argv = ["ladder", "--device=cpu", "--n_layer=1", "--batch_size=2", "--sequence_length=16", "--tokens_per_step=64"]
-    argv += ["--rounds=1", "--steps=3", f"--data_dir={prepared}", f"--out={folder}/results"]
-    with pytest.MonkeyPatch.context() as patch, pytest.MonkeyPatch.context() as capture:
-        patch.setattr(ladder, "LADDER", folder)
-        patch.setattr(sys, "argv", ["bench.py", *argv])
-        printed = []
-        capture.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
-        bench.main(argv)
-    (path,) = (folder / "results").glob("*/ladder.trial.json")  # one layer is no measurement
-    assert path.parent == results.results_dir(f"{folder}/results", CPU)
-    return json.loads(path.read_text(encoding="utf-8")), "\n".join(printed)
-
-
-@pytest.mark.slow
-def test_results_hold_raw_times_and_what_was_on(real):
-    """Every step's time, those of the warm-up too: where it ended is a judgement, and others judge it by the raw times."""
-    found, _ = real
-    assert found["date"].endswith("+00:00")
+    argv += ["--rounds=1", "--steps=3", f"--data_dir={prepared}", f"--out={tmp_path}/results"]
+    monkeypatch.setattr(ladder, "LADDER", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bench.py", *argv])
+    bench.main(argv)
+    path = results.results_dir(f"{tmp_path}/results", CPU) / "ladder.trial.json"  # one layer is no measurement
+    found, printed = json.loads(path.read_text(encoding="utf-8")), capsys.readouterr().out
     assert found["command"].startswith("python bench.py ladder --device=cpu --n_layer=1")
     assert found["machine"]["hardware"] == machine.hardware_name(CPU)
     assert found["sizes"]["n_layer"] == 1
@@ -334,20 +298,9 @@ def test_results_hold_raw_times_and_what_was_on(real):
     assert fused["changes"] == {"fused_adamw": [False, True]}
     assert "cores" in many["skipped"]
     assert "step_s" not in many
-
-
-@pytest.mark.slow
-def test_the_worker_trains_as_train_does(real):
-    """The losses in the results are those of train.train_step for the config in the results."""
-    entry = real[0]["rungs"][0]
-    run = build(Config(**entry["requested"]))
-    assert entry["losses"][:3] == pytest.approx([train.train_step(run, step).loss for step in range(3)], abs=1e-5)
-    parallel.stop()
-
-
-@pytest.mark.slow
-def test_the_table_has_a_row_per_rung_and_names_the_skipped(real):
-    found, printed = real
     assert kinds.as_text(found) in printed
-    assert found["rungs"][2]["skipped"] in printed
-    assert "ladder.trial.json" in printed
+    assert many["skipped"] in printed
+    assert path.name in printed
+    run = build(Config(**plain["requested"]))
+    assert plain["losses"][:3] == pytest.approx([train.train_step(run, step).loss for step in range(3)], abs=1e-5)
+    parallel.stop()
