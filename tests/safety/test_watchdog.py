@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,11 +14,6 @@ from base import errors
 from configurator import Config
 from engine import parallel, restore
 from safety import watchdog
-
-
-@pytest.fixture
-def cfg(tiny_run, tmp_path) -> Config:
-    return Config(**tiny_run | dict(learning_rate=1e-3, out_dir=str(tmp_path / "run")))
 
 
 def halting(cfg: Config, halt: list[int], how: str) -> None:
@@ -56,8 +50,9 @@ SECONDS = 2.4  # without a step, until a run is taken to be stuck
 
 
 @pytest.fixture
-def impatient(cfg) -> Config:
-    return replace(cfg, timeout_minutes=SECONDS / 60, prefetch=False, checkpoint_interval=2)
+def impatient(tiny_run, tmp_path) -> Config:
+    changes = dict(learning_rate=1e-3, timeout_minutes=SECONDS / 60, prefetch=False, checkpoint_interval=2)
+    return Config(**tiny_run | changes, out_dir=str(tmp_path / "run"))
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc here")
