@@ -1,13 +1,17 @@
-"""measure/ab.py: two configs take turns with the same seeds."""
+"""measure/ab.py and rounds.py: two configs take turns with the same seeds, and Ctrl-C keeps what is finished."""
+
+import json
 
 import pytest
 import torch
 from stand_ins import result
 
+import bench
 from base.errors import UserError
 from base.files import ROOT
-from measure import ab
+from measure import ab, ladder
 from measure.config import BenchConfig
+from report import kinds
 
 CPU = torch.device("cpu")
 
@@ -35,19 +39,14 @@ def test_ab_alternates_and_gives_both_sides_the_same_seeds(pair, workers, prepar
     assert {cfg.tokens_per_step for cfg, _ in started} == {256}  # as in the files
 
 
-def test_ab_runs_the_files_as_they_are(pair, workers, prepared):
-    """But for sizes that were given; a device that a file names is the file's."""
+def test_ab_runs_the_files_as_they_are_but_for_sizes_that_were_given(pair, workers, prepared):
+    """A device that a file names is the file's. With --quick the peer and the top rung, whose micro-batches differ, have as
+    many tokens a step.
+    """
     started = workers()
-    ab.ab(pair, BenchConfig(seeds=1, data_dir=str(prepared)), CPU)
-    assert {cfg.device for cfg, _ in started} == {"cpu"}
-    started.clear()
     ab.ab(pair, BenchConfig(seeds=1, batch_size=2, sequence_length=16, data_dir=str(prepared)), CPU)
-    assert {(cfg.batch_size, cfg.T, cfg.tokens_per_step) for cfg, _ in started} == {(2, 16, 32)}
-
-
-def test_quick_makes_both_sides_small_and_alike(workers, prepared):
-    """The peer and the top rung differ in their micro-batches, but a step has as many tokens."""
-    started = workers()
+    assert {(cfg.device, cfg.batch_size, cfg.T, cfg.tokens_per_step) for cfg, _ in started} == {("cpu", 2, 16, 32)}
+    started.clear()
     paths = [str(ROOT / "config" / p) for p in ("peers/nanogpt_cpu.py", "ladder/r10_blocked.py")]
     ab.ab(paths, BenchConfig(quick=True, data_dir=str(prepared)), CPU)
     assert len(started) == 4
@@ -67,3 +66,50 @@ def test_compare_reports_a_file_that_is_no_result_in_one_line(tmp_path, content)
     path.write_text(content)
     with pytest.raises(UserError, match=r"cannot compare .*a\.json"):
         ab.compare([str(path), str(path)], BenchConfig())
+
+
+@pytest.fixture
+def stopped_after(workers):
+    """stopped_after(n): the worker after the n-th is interrupted by Ctrl-C."""
+
+    def arrange(count: int) -> None:
+        done = []
+
+        def answer(cfg) -> dict:
+            if len(done) == count:
+                raise KeyboardInterrupt
+            done.append(cfg)
+            return result(cfg)
+
+        workers(answer)
+
+    return arrange
+
+
+def test_what_was_finished_is_printed_kept_apart_and_ends_with_130(available, stopped_after, tmp_path, capsys, own_signals):
+    available()
+    stopped_after(0)
+    with pytest.raises(UserError, match="nothing to keep"):
+        bench.main(["ladder", "--device=cpu", f"--out={tmp_path}"])
+    assert not list(tmp_path.glob("*/*.json"))
+    stopped_after(2)
+    with pytest.raises(SystemExit) as e:
+        bench.main(["ladder", "--device=cpu", "--n_layer=12", f"--out={tmp_path}"])
+    assert e.value.code == 130
+    (path,) = tmp_path.glob("*/*.json")
+    assert path.name == "ladder.partial.trial.json"  # the measurement of another day stays
+    found = json.loads(path.read_text())
+    assert [e["name"] for e in found["rungs"] if "skipped" not in e] == ["r00_fp32", "r01_tf32"]
+    assert {e["skipped"] for e in found["rungs"][2:]} == {ladder.NOT_REACHED}
+    printed = capsys.readouterr().out
+    assert kinds.as_text(found) in printed
+    assert "stopped by Ctrl-C" in printed
+
+
+def test_ab_keeps_whole_pairs(stopped_after, tmp_path, tiny_run):
+    stopped_after(5)
+    path = tmp_path / "a.py"
+    path.write_text(f"from configurator import Config\n\nconfig = Config(**{tiny_run!r})\n", encoding="utf-8")
+    found = ab.ab([str(path), str(path)], BenchConfig(seeds=4, data_dir=tiny_run["data_dir"]), CPU)
+    assert found["interrupted"]
+    assert [len(side["step_s"]) for side in found["sides"]] == [len(side["losses"]) for side in found["sides"]] == [2, 2]

@@ -15,7 +15,7 @@ import model
 import optim
 from configurator import Config
 from engine import pretrained
-from engine.run import Run, build
+from engine.run import Run
 from measure import ladder, verify
 from model import GPT
 
@@ -70,8 +70,16 @@ def test_the_reference_is_transformers_gpt2_in_float64(base, tie):
 
 
 def test_the_reference_update_is_torchs_adamw_in_float64(base, reference):
-    """Started from the same moments, decaying what the name says is a matrix."""
+    """Started from the same moments, decaying what the name says is a matrix. Clipping acts, attention looks around, and no
+    gradient is so small that its error would be measured against the rest.
+    """
     expected, mean_squares = reference
+    assert expected.norm[""] > 1.2 * base.grad_clip
+    assert expected.logits[""].std() > 0.5
+    total = math.sqrt(sum(g.square().sum().item() for g in expected.gradients.values()))
+    assert total == pytest.approx(base.grad_clip)
+    rms = {name: g.square().mean().sqrt().item() for name, g in expected.gradients.items()}
+    assert min(rms.values()) > 1e-2 * max(rms.values())
     torch.manual_seed(base.seed)
     gpt = GPT(base)
     verify.fill(gpt)
@@ -87,39 +95,17 @@ def test_the_reference_update_is_torchs_adamw_in_float64(base, reference):
         torch.testing.assert_close(p.detach() - before, expected.update[name], rtol=1e-9, atol=1e-12)
 
 
-def test_the_reference_puts_everything_at_stake(base, reference):
-    """Clipping acts, attention looks around, and no gradient is so small that its error would be measured against the rest."""
-    expected, _ = reference
-    assert expected.norm[""] > 1.2 * base.grad_clip
-    assert expected.logits[""].std() > 0.5
-    total = math.sqrt(sum(g.square().sum().item() for g in expected.gradients.values()))
-    assert total == pytest.approx(base.grad_clip)
-    rms = {name: g.square().mean().sqrt().item() for name, g in expected.gradients.items()}
-    assert min(rms.values()) > 1e-2 * max(rms.values())
-
-
-@pytest.mark.parametrize(
-    ("found", "expected", "answer"),
-    [
-        ([3.0, 4.0], [3.0, 4.0], 0.0),
-        ([3.0, 5.0], [3.0, 4.0], 0.2),
-        ([math.nan, 4.0], [3.0, 4.0], math.nan),
-        ([math.inf, 4.0], [3.0, 4.0], math.inf),
-    ],
-)
-def test_error_is_relative_to_the_norm_and_keeps_what_is_not_finite(found, expected, answer):
-    """As the first of two tensors and as the second."""
+@pytest.mark.parametrize(("found", "answer"), [(4.0, 0.0), (5.0, 0.2), (math.nan, math.nan), (math.inf, math.inf)])
+def test_error_is_relative_to_the_norm_and_keeps_what_is_not_finite(found, answer):
+    """The worst tensor's, as the first of two and as the second; but a tensor of nothing is not divided by nothing."""
     for order in (1, -1):
-        a, b = ({k: torch.tensor(v) for k, v in list(dict(x=t, y=[1.0, 1.0]).items())[::order]} for t in (found, expected))
+        a, b = ({k: torch.tensor(v) for k, v in list(dict(x=[3.0, t], y=[1.0, 1.0]).items())[::order]} for t in (found, 4.0))
         assert verify.error(a, b) == pytest.approx(answer, nan_ok=True)
-
-
-def test_an_error_is_the_worst_tensors_but_a_tensor_of_nothing_is_not_divided_by_nothing():
     expected = {"large": torch.full((100,), 1.0), "nothing": torch.full((4,), 1e-12)}
-    found = {"large": torch.full((100,), 1.001), "nothing": torch.zeros(4)}
-    assert verify.error(found, expected) == pytest.approx(1e-3, rel=1e-3)
+    a = {"large": torch.full((100,), 1.001), "nothing": torch.zeros(4)}
+    assert verify.error(a, expected) == pytest.approx(1e-3, rel=1e-3)
     with pytest.raises(AssertionError, match="nothing"):
-        verify.error({"large": found["large"]}, expected)
+        verify.error({"large": a["large"]}, expected)
 
 
 # ---- what is right passes
@@ -129,8 +115,7 @@ def test_an_error_is_the_worst_tensors_but_a_tensor_of_nothing_is_not_divided_by
     "toggles",
     [
         {},
-        {"attention": "sdpa", "vocab_multiple": 128, "fused_adamw": True, "prefetch": True},
-        {"batch_size": 8},
+        {"attention": "sdpa", "vocab_multiple": 128, "fused_adamw": True, "prefetch": True, "batch_size": 8},
         {"dtype": "bfloat16"},
         {"dtype": "float16"},
     ],
@@ -146,91 +131,84 @@ def test_a_right_toggle_passes_with_room_to_spare(verified, toggles):
 # ---- what is wrong fails
 
 
-def scaled_logits(patch):
-    plain = GPT.head
-
+def scaled_head(plain):
     def head(self, x, targets):
         logits = plain(self, x, None) * 1.02
         return logits if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
-    patch.setattr(GPT, "head", head)
+    return head
 
 
-def attention_without_its_scale(patch):
-    plain = model.naive_attention
-    patch.setitem(model.ATTENTION, "naive", lambda q, k, v, dropout: plain(q * math.sqrt(q.size(-1)), k, v, dropout))
-
-
-def attention_that_sees_the_next_token(patch):
-    patch.setattr(model, "causal_mask", lambda T, S, device: torch.ones(T, S, dtype=torch.bool).tril(S - T + 1))
-
-
-def matrices_that_do_not_decay(patch):
-    plain = optim.adamw
-
+def without_decay(plain):
     def adamw(cfg, gpt):
         optimizer = plain(cfg, gpt)
         optimizer.param_groups[0]["weight_decay"] = 0.0
         return optimizer
 
-    patch.setattr(optim, "adamw", adamw)
+    return adamw
 
 
-def accumulation_without_division(patch):
+def undivided(plain):
     def build_wrongly(cfg):
-        run = build(cfg)
+        run = plain(cfg)
         run.train_model = lambda x, y: run.compiled(x, y) * run.accumulation
         return run
 
-    patch.setattr(verify, "build", build_wrongly)
+    return build_wrongly
 
 
-def the_same_micro_batch_twice(patch):
-    plain = Run.read
-    patch.setattr(Run, "read", lambda run, step, micro: plain(run, step, 0))
+def unscaled(plain):
+    return lambda q, k, v, dropout: plain(q * math.sqrt(q.size(-1)), k, v, dropout)
 
 
-def a_learning_rate_off_by_a_twentieth(patch):
-    plain = optim.learning_rate
-    patch.setattr(optim, "learning_rate", lambda cfg, step: 1.05 * plain(cfg, step))
+def nan_logits(plain):
+    return lambda self, x, targets: plain(self, x, targets) * (math.nan if targets is None else 1.0)
 
 
-def nan_logits(patch):
-    plain = GPT.head
-    patch.setattr(GPT, "head", lambda self, x, targets: plain(self, x, targets) * (math.nan if targets is None else 1.0))
+def too_fast(plain):
+    return lambda cfg, step: 1.05 * plain(cfg, step)
 
 
-SABOTAGE = {
-    scaled_logits: "logits",
-    attention_without_its_scale: "logits",
-    attention_that_sees_the_next_token: "logits",
-    matrices_that_do_not_decay: "update",
-    accumulation_without_division: "loss",
-    the_same_micro_batch_twice: "gradients",
-    a_learning_rate_off_by_a_twentieth: "update",
-    nan_logits: "logits",
+def sees_the_next(plain):
+    return lambda T, S, device: torch.ones(T, S, dtype=torch.bool).tril(S - T + 1)
+
+
+def twice(plain):
+    return lambda run, step, micro: plain(run, step, 0)
+
+
+SABOTAGE = {  # where, what, the right one -> the wrong one, which error shows it
+    "scaled logits": (GPT, "head", scaled_head, "logits"),
+    "attention without its scale": (model, "naive_attention", unscaled, "logits"),
+    "attention that sees the next token": (model, "causal_mask", sees_the_next, "logits"),
+    "matrices that do not decay": (optim, "adamw", without_decay, "update"),
+    "accumulation without division": (verify, "build", undivided, "loss"),
+    "the same micro-batch twice": (Run, "read", twice, "gradients"),
+    "a learning rate off by a twentieth": (optim, "learning_rate", too_fast, "update"),
+    "nan logits": (GPT, "head", nan_logits, "logits"),
 }
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize(("sabotage", "kind"), SABOTAGE.items(), ids=lambda s: getattr(s, "__name__", None))
-def test_a_wrong_line_fails_in_every_precision(verified, monkeypatch, sabotage, kind, dtype):
-    sabotage(monkeypatch)
+@pytest.mark.parametrize("name", SABOTAGE)
+def test_a_wrong_line_fails_in_every_precision(verified, monkeypatch, name, dtype):
+    owner, attribute, wrong, kind = SABOTAGE[name]
+    plain = getattr(owner, attribute)
+    monkeypatch.setattr(owner, attribute, wrong(plain))
+    if attribute == "naive_attention":
+        monkeypatch.setitem(model.ATTENTION, "naive", model.naive_attention)
     row = verified(dtype=dtype)
     assert row["status"].startswith("FAILED")
     assert kind in row["status"]
     json.dumps(row, allow_nan=False)
 
 
-def test_the_exact_gelu_fails(verified, monkeypatch):
-    """A difference of 5e-4 at most, which float32 shows and bfloat16 could not."""
+def test_the_exact_gelu_and_gradients_that_are_not_clipped_fail(verified, monkeypatch):
+    """GELU: a difference of 5e-4 at most, which float32 shows and bfloat16 could not."""
+    assert verified(grad_clip=0.0)["status"] == "FAILED: gradients; update"
     plain = F.gelu
     monkeypatch.setattr(F, "gelu", lambda x, approximate: plain(x))
     assert verified()["status"].startswith("FAILED")
-
-
-def test_gradients_that_are_not_clipped_fail(verified):
-    assert verified(grad_clip=0.0)["status"] == "FAILED: gradients; update"
 
 
 def test_padding_in_the_softmax_fails(verified, monkeypatch):
@@ -266,19 +244,16 @@ def test_a_toggle_that_does_nothing_fails(verified, monkeypatch, toggles, where,
     assert "was asked for" in row["status"]
 
 
-def test_a_cache_that_forgets_fails(base, monkeypatch):
+def test_a_cache_that_forgets_and_an_export_that_rounds_fail(base, monkeypatch):
     assert verify.cached_as_uncached(base, CPU)[0]["logits"] < 1e-6
     plain = model.KVCache.append
     monkeypatch.setattr(model.KVCache, "append", lambda cache, layer, k, v: plain(cache, layer, k, v * (k.size(2) > 1)))
     errors, wrong = verify.cached_as_uncached(base, CPU)
     assert errors["logits"] > 1e-2
     assert wrong == ["the greedy tokens differ"]
-
-
-def test_an_export_that_rounds_fails(base, monkeypatch):
     assert verify.exported_as_imported(base) == ({}, [])
-    plain = pretrained.to_hf_state
-    monkeypatch.setattr(pretrained, "to_hf_state", lambda gpt: {name: t.half() for name, t in plain(gpt).items()})
+    exact = pretrained.to_hf_state
+    monkeypatch.setattr(pretrained, "to_hf_state", lambda gpt: {name: t.half() for name, t in exact(gpt).items()})
     assert verify.exported_as_imported(base)[1] == [f"tie_weights={tied}: the weights differ" for tied in (True, False)]
 
 
@@ -299,36 +274,40 @@ def test_every_speed_setting_is_switched(base, monkeypatch):
     assert {name: top[name] for name in last} == last
 
 
-@pytest.mark.slow
-def test_the_whole_command_with_two_processes_and_a_compiled_run(base, monkeypatch, tmp_path):
-    """All equalities and three toggles; a fourth is more than any machine has."""
-    compiled = replace(base, compile=True, compile_scope="block", attention="sdpa", dtype="bfloat16", vocab_multiple=128)
-    planned = {base: "plain", compiled: "compiled", replace(base, fp32_precision="tf32"): "another machine's"}
+def rows_of_the_command(base, monkeypatch, tmp_path, planned) -> tuple[dict, bool]:
+    """({check: row}, passed) of all equalities and these toggles."""
     monkeypatch.setattr(verify, "base_config", lambda *_: base)
     monkeypatch.setattr(verify, "plan", lambda *_: planned)
     monkeypatch.setattr(ladder, "precision_that_runs", lambda how, device: "ieee")
     result = json.loads(json.dumps(verify.verify("unused", CPU, True, tmp_path / "rows"), allow_nan=False))
-    statuses = {row["check"]: row["status"] for row in result["rows"]}
-    reason = statuses.pop("another machine's")
+    assert [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()] == result["rows"]
+    return {row["check"]: row for row in result["rows"]}, result["passed"]
+
+
+@pytest.mark.slow
+def test_the_whole_command_with_two_processes_and_a_compiled_run(base, monkeypatch, tmp_path):
+    """One layer of it, compiled as it is: nothing else needs a compiler."""
+    one = replace(base, n_layer=1)
+    compiled = replace(one, compile=True, compile_scope="block")
+    planned = {one: "plain", compiled: "compiled", replace(one, fp32_precision="tf32"): "another machine's"}
+    rows, passed = rows_of_the_command(one, monkeypatch, tmp_path, planned)
+    reason = rows.pop("another machine's")["status"]
     assert reason == "skipped: fp32_precision=tf32 does nothing here: float32 matmuls run as ieee"
-    assert set(statuses.values()) == {"passed"}, statuses
-    assert result["passed"] is True
+    assert {row["status"] for row in rows.values()} == {"passed"}, rows
+    assert passed
 
 
 def test_one_failure_is_a_failure_of_all(base, monkeypatch, tmp_path):
     """Also a crash of the compiler's kind; JSON has no number for what is not finite."""
-    monkeypatch.setattr(verify, "base_config", lambda *_: base)
-    monkeypatch.setattr(verify, "plan", lambda *_: {base: "plain"})
-    monkeypatch.setattr(verify, "steps_in_two_processes", verify.take_steps)
-    monkeypatch.setattr(verify, "cached_as_uncached", lambda *_: ({"logits": math.nan}, []))
 
     def crash(*_):
         raise RuntimeError("no such kernel\nand more")
 
+    monkeypatch.setattr(verify, "steps_in_two_processes", verify.take_steps)
+    monkeypatch.setattr(verify, "cached_as_uncached", lambda *_: ({"logits": math.nan}, []))
     monkeypatch.setattr(verify, "exported_as_imported", crash)
-    result = verify.verify("unused", CPU, True, tmp_path / "rows")
-    rows = {row["check"]: row for row in result["rows"]}
+    rows, passed = rows_of_the_command(base, monkeypatch, tmp_path, {base: "plain"})
     assert rows["cached"]["errors"]["logits"] is None
     assert rows["cached"]["status"] == "FAILED: logits"
     assert rows["import -> export"]["status"] == "FAILED: RuntimeError: no such kernel"
-    assert result["passed"] is False
+    assert not passed

@@ -1,26 +1,20 @@
-"""measure/whole_runs.py: scripts are run as a user runs them, and their results hold no path of this machine."""
+"""measure/whole_runs.py and preparing.py: scripts are run as a user runs them, and every way encodes the same text."""
 
 import json
 
 import pytest
 
 import bench
-from base.errors import UserError
-from measure import whole_runs
-from measure.config import BenchConfig
+from measure import preparing, whole_runs
 from report import kinds
-
-
-@pytest.fixture
-def config(tmp_path, tiny_run) -> str:
-    values = tiny_run | dict(out_dir="", data_dir="data")
-    (tmp_path / "small.py").write_text(f"from configurator import Config\n\nconfig = Config(**{values!r})\n", encoding="utf-8")
-    return str(tmp_path / "small.py")
+from tokenizer import GPT2Tokenizer
 
 
 @pytest.mark.slow
-def test_one_whole_run_is_trained_evaluated_and_continued(config, prepared, tmp_path, monkeypatch, capsys, own_signals):
+def test_one_whole_run_is_trained_evaluated_and_continued(tiny_run, prepared, tmp_path, monkeypatch, capsys, own_signals):
     """From another folder than the repository's, with relative paths."""
+    values = tiny_run | dict(out_dir="", data_dir="data")
+    (tmp_path / "small.py").write_text(f"from configurator import Config\n\nconfig = Config(**{values!r})\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").symlink_to(prepared)
     bench.main(["run", "small.py", "--device=cpu", "--out=found"])
@@ -36,20 +30,38 @@ def test_one_whole_run_is_trained_evaluated_and_continued(config, prepared, tmp_
     assert kinds.as_text(found) in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_a_script_that_fails_is_named_with_its_own_words(tmp_path, config):
-    with pytest.raises(UserError, match=r"train\.py ended with 2: error: .*prepare_data\.py"):
-        whole_runs.train_log(tmp_path / "run", BenchConfig(device="cpu", data_dir=str(tmp_path)), config)
-
-
 def test_saves_are_told_apart_from_the_last_which_everything_waits_for():
     records = [{"step": s, "loss": 1.0, "ms": float(s)} for s in (1, 2, 3)]
     records += [{"event": "saving", "step_done": s, "pause_ms": 10.0 * s} for s in (1, 2, 3)]
     records += [{"event": "saved", "step_done": s, "save_ms": 100.0 * s} for s in (1, 2, 3)]
-    found = whole_runs.saves_in(records)
-    assert found == {
-        "after_steps": [1, 2],
-        "pause_ms": [10.0, 20.0],
-        "save_ms": [100.0, 200.0],
-        "step_ms": [1.0, 2.0, 3.0],
-    }
+    expected = dict(after_steps=[1, 2], pause_ms=[10.0, 20.0], save_ms=[100.0, 200.0], step_ms=[1.0, 2.0, 3.0])
+    assert whole_runs.saves_in(records) == expected
+
+
+TEXT = "The quick brown fox — jumps over the lazy dog.\n" * 60_000  # 2.9 MB: worker processes start
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("gpt2_files")
+def test_every_way_encodes_the_same_text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    result = preparing.measure(path, tmp_path, processes=2, rounds=1)
+    expected = len(GPT2Tokenizer().encode(TEXT))
+    (timed,) = result["rounds"]
+    assert {call: timed[call]["tokens"] for call in preparing.CALLS} == dict.fromkeys(preparing.CALLS, expected)
+    assert abs(timed["whole"]["tokens"] - expected) <= 2  # the cut between train and val
+    assert len(timed["whole"]["worker_peak_bytes"]) == 2
+    assert all(peak > 2**20 for peak in timed["whole"]["worker_peak_bytes"])
+    assert timed["whole"]["cpu_s"] > 0
+    assert all(learnt["bytes_per_token"]["own"] > 4 for (learnt,) in result["learnt"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["text.txt"]
+
+
+def test_a_ratio_is_to_the_fastest_way_of_its_round():
+    ways = {call: {"s": 2.0 + i, "cpu_s": 4.0, "tokens": 1000} for i, call in enumerate(preparing.CALLS)}
+    timed = {"rounds": [ways | {"whole": {"s": 2.5, "cpu_s": 5.0, "tokens": 1000}}]}
+    (found,) = preparing.ratios(timed)
+    assert found["yardstick"] == next(iter(preparing.CALLS))
+    assert found["tokens_per_s"] == pytest.approx(400)
+    assert (found["wall"], found["cpu"]) == (pytest.approx(0.8), pytest.approx(0.8))

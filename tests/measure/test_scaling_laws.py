@@ -1,4 +1,4 @@
-"""measure/scaling/fit.py: the fit finds laws that are known, and its intervals cover them."""
+"""measure/scaling: budgets are spent as planned, and the fit finds laws that are known; its intervals cover them."""
 
 import json
 import math
@@ -7,15 +7,98 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from studies import BUDGETS, LAW, family, invented
 
 from base.errors import UserError
-from measure.scaling.family import ScalingConfig
+from measure.scaling.family import Family, Point, ScalingConfig, depth, make_plan, n_params, round_down
 from measure.scaling.fit import PARAMETERS, Analysis, best_size
+from model import GPT
 from report import kinds, plots
 from report.results import law_loss
+
+LAW = dict(E=1.2, A=8.0, alpha=0.3, B=60.0, beta=0.35)
+BUDGETS = [5e9, 1e10, 2e10, 4e10]
+
+
+def family(most_tokens: int = 1_003_854, **changes) -> Family:
+    return Family(ScalingConfig(**changes), 65, most_tokens)
+
+
+def invented(law: dict = LAW, seeds: int = 3, noise: float = 0.003, misfit: float = 0.002, number: int = 0) -> list[dict]:
+    """Runs of the usual study whose losses follow a law: a point misses it by `misfit`, and its seeds differ by `noise`."""
+    random, lab, runs = np.random.default_rng(number), family(), []
+    for p in (p for c in BUDGETS for p in lab.level(c)):
+        middle = law_loss(law, p.N, p.D) * math.exp(misfit * random.standard_normal())
+        for seed in range(seeds):
+            loss = middle * math.exp(noise * random.standard_normal())
+            run = dict(N=p.N, D=p.D, C=p.C, flops=1.1 * p.C, n_embd=p.n_embd, n_layer=2, steps=p.D // 128, learning_rate=1e-2)
+            runs.append({"budget": p.budget} | run | dict(seed=seed, loss=loss, seconds=1.0, started="2026-11-20T05:00:01"))
+    return runs
+
+
+def test_parameters_are_the_models_and_the_family_ends_in_gpt2():
+    for n_embd in (8, 22, 192):
+        point = Point(1.0, n_embd, n_params(n_embd, 65, 32), 128)
+        with torch.device("meta"):
+            assert GPT(family().config(point, 1, torch.device("cpu"))).n_params() == point.N
+    assert depth(768) == 12
+    assert n_params(768, 50257, 1024) == 124_439_808
+
+
+@given(
+    budget=st.floats(1e9, 1e14),
+    ratio=st.floats(5.0, 200.0),
+    sizes=st.integers(3, 9),
+    tokens_per_step=st.sampled_from([32, 128, 1024]),
+    most_tokens=st.sampled_from([20_000, 1_000_000, 10**9]),
+)
+def test_budgets_are_spent(budget, ratio, sizes, tokens_per_step, most_tokens):
+    """6·N·D is within 2% of the budget, in whole steps, with the data that there is, and sizes rise."""
+    lab = family(most_tokens, tokens_per_parameter=ratio, sizes=sizes, tokens_per_step=tokens_per_step)
+    points = lab.level(budget)
+    for p in points:
+        assert abs(6 * p.N * p.D / budget - 1) <= 0.02
+        assert p.D % tokens_per_step == 0
+        assert most_tokens >= p.D
+        cfg = lab.config(p, 1, torch.device("cpu"))
+        assert cfg.max_steps * cfg.tokens_per_step == p.D
+    assert [p.N for p in points] == sorted({p.N for p in points})
+    assert len(points) <= sizes
+
+
+def test_sizes_lie_around_the_ratio_that_was_asked_for():
+    points = family(10**9, tokens_per_parameter=50.0).level(1e12)
+    ratio = points[2].D / points[2].N
+    assert ratio == pytest.approx(50, rel=0.1)
+    spread = points[-1].N / points[0].N
+    assert spread == pytest.approx(8, rel=0.1)
+
+
+@pytest.mark.parametrize(("minutes", "why", "seeds"), [(1000.0, "the data", 10), (4.0, "the data", 3), (0.5, "the minutes", 3)])
+def test_plan_fits_into_minutes_and_data(minutes, why, seeds):
+    """A step takes 1 ms + 0.1 µs for each parameter."""
+    lab = family(minutes=minutes)
+
+    def seconds(p: Point) -> float:
+        return (1e-3 + 1e-7 * p.N) * p.D / 128
+
+    plan = make_plan(lab, seconds, jobs=2)
+    assert plan.why == why
+    assert len(plan.budgets) == 4
+    assert plan.seeds >= seeds
+    whole = plan.seeds * sum(seconds(p) for c in plan.budgets for p in lab.level(c)) / 2
+    assert whole <= 60 * minutes
+    assert plan.budgets[-1] / plan.budgets[0] == pytest.approx(8, rel=0.05)
+    if why == "the data":
+        assert plan.budgets[-1] == round_down(lab.largest_budget())
+
+
+@pytest.mark.parametrize(("tokens", "minutes", "more"), [(2_000, 10.0, "--epochs"), (1_000_000, 1e-4, "--minutes")])
+def test_no_plan_is_one_line(tokens, minutes, more):
+    with pytest.raises(UserError, match=more):
+        make_plan(family(tokens, minutes=minutes), lambda p: 1e-3 * p.D / 128, 1)
 
 
 @pytest.mark.slow
@@ -58,45 +141,32 @@ def test_intervals_cover_the_truth():
         assert np.median([law[name] for law in laws]) == pytest.approx(LAW[name], rel=0.1)
 
 
-def test_intervals_narrow_as_the_noise_does():
-    widths = []
-    for noise in (0.01, 0.001):
-        said = Analysis(invented(noise=noise, misfit=noise), bootstraps=60).predict(28_000, 950_000)
-        widths.append(said["high"] - said["low"])
-    assert widths[1] < 0.3 * widths[0]
+def test_intervals_narrow_as_the_noise_does_and_the_same_runs_give_the_same_numbers():
+    wide, narrow, again = (Analysis(invented(noise=n, misfit=n), bootstraps=60) for n in (0.01, 0.001, 0.001))
+    first, second, third = (a.predict(28_000, 950_000) for a in (wide, narrow, again))
+    assert second["high"] - second["low"] < 0.3 * (first["high"] - first["low"])
+    assert second == third
+    assert json.dumps(narrow.summary()) == json.dumps(again.summary())
 
 
-def test_noise_is_the_seeds():
-    assert Analysis(invented(seeds=1), 1).noise is None
+def test_noise_is_the_seeds_and_one_run_that_went_wrong_does_not_carry_the_law_away():
     assert Analysis(invented(seeds=8, noise=0.01, misfit=0.05), 1).noise == pytest.approx(0.01, rel=0.2)
-
-
-def test_one_run_that_went_wrong_does_not_carry_the_law_away():
     runs = invented(seeds=1, noise=0.0, misfit=0.0)
     runs[7]["loss"] *= 1.2
-    found = Analysis(runs, 1).law
-    assert law_loss(found, 28_000, 950_000) == pytest.approx(law_loss(LAW, 28_000, 950_000), rel=2e-3)
+    found = Analysis(runs, 1)
+    assert found.noise is None
+    assert law_loss(found.law, 28_000, 950_000) == pytest.approx(law_loss(LAW, 28_000, 950_000), rel=2e-3)
 
 
-def test_the_same_runs_give_the_same_numbers():
-    first, second = (Analysis(invented(), 40) for _ in range(2))
-    assert json.dumps(first.summary()) == json.dumps(second.summary())
-    assert first.predict(28_000, 950_000) == second.predict(28_000, 950_000)
-
-
-def test_too_few_points_are_one_line():
+def test_few_points_fit_a_law_without_intervals_and_fewer_none():
+    """Six of them, a --quick study, have one way only to be drawn again: it printed [x, x] and a verdict by it."""
     with pytest.raises(UserError, match="5 points are too few"):
         Analysis(invented()[:15], 10)
-
-
-def test_few_points_fit_a_law_without_intervals():
-    """Six of them, a --quick study, have one way only to be drawn again: it printed [x, x] and a verdict by it."""
     runs = invented(seeds=1, noise=0.0, misfit=0.0)
     analysis = Analysis([r for c in BUDGETS[:2] for r in [r for r in runs if r["budget"] == c][:3]], 40)
-    summary = analysis.summary()
+    summary, prediction = analysis.summary(), analysis.predict(28_000, 950_000)
     assert set(summary["intervals"].values()) == {None}
     assert summary["levels"][0]["law"]["ratio_interval"] is summary["exponent"]["law_interval"] is None
-    prediction = analysis.predict(28_000, 950_000)
     assert prediction["low"] is prediction["high"] is None
     assert prediction["loss"] > 0
 
@@ -127,13 +197,9 @@ def test_minimum_of_a_parabola():
     assert exact["ratio"] == pytest.approx(1e10 / 6 / exact["N"] ** 2)
     assert exact["N_interval"] is None
     noisy, _ = analysis_of_parabolas(1.3).parabola(1e10)
-    assert noisy["N_interval"][0] < exact["N"] < noisy["N_interval"][1]
-    assert noisy["N_interval"][1] / noisy["N_interval"][0] < 2
-
-
-def test_a_budget_without_a_minimum_has_none():
-    found, _ = analysis_of_parabolas(5.0).parabola(1e10)
-    assert found == dict.fromkeys(("N", "ratio", "loss", "N_interval", "ratio_interval"))
+    assert noisy["N_interval"][0] < exact["N"] < noisy["N_interval"][1] < 2 * noisy["N_interval"][0]
+    none, _ = analysis_of_parabolas(5.0).parabola(1e10)
+    assert none == dict.fromkeys(("N", "ratio", "loss", "N_interval", "ratio_interval"))
 
 
 @pytest.mark.parametrize(("seeds", "minimum"), [(1, 5.0), (3, 1.0)])
@@ -141,9 +207,9 @@ def test_a_result_can_be_shown_whatever_could_not_be_computed(seeds, minimum):
     runs = analysis_of_parabolas(minimum, seeds).runs
     analysis = Analysis(runs, 40)
     larger = family().point(1.6e11, 28_000)
-    where = dict(hardware="A machine, 2 cores", device="cpu", torch="2.13", commit="abc1234", dirty=False)
-    head = dict(kind="scale", date="2026-11-20T05:00:00+00:00", command="python bench.py scale", machine=where)
-    head |= dict(sizes=asdict(ScalingConfig()), limited_by="the data", train_tokens=1_003_854, jobs=2)
+    head = dict(kind="scale", date="2026-11-20T05:00:00+00:00", sizes=asdict(ScalingConfig()), train_tokens=1_003_854, jobs=2)
+    head |= dict(command="python bench.py scale", limited_by="the data")
+    head |= dict(machine=dict(hardware="A machine, 2 cores", device="cpu", torch="2.13", commit="abc1234", dirty=False))
     held = dict(budget=1.6e11, n_embd=larger.n_embd, N=larger.N, D=larger.D, predicted=analysis.predict(larger.N, larger.D))
     held |= dict(predicted_at="2026-11-20T06:00:00", runs=[])
     found = json.loads(json.dumps(head | dict(runs=runs, fit=analysis.summary(), held_out=held), allow_nan=False))
