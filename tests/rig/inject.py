@@ -122,15 +122,16 @@ def inject_flip(step: str, rank: str, name: str, index: str, bit: str) -> None:
 
 
 def inject_memory(megabytes: str) -> None:
-    """From the first step on (with several processes: from before it), this process may have so much more memory."""
-    plain = train.loop
+    """From the first step on (with several processes: from the pass before it), this process may have so much more memory."""
+    plain = train.open_session
 
-    def loop(*args):
+    def open_session(*args):
+        opened = plain(*args)
         used = 1024 * int(re.search(r"VmData:\s*(\d+)", Path("/proc/self/status").read_text())[1])
         resource.setrlimit(resource.RLIMIT_DATA, (used + int(megabytes) * 2**20, resource.RLIM_INFINITY))
-        return plain(*args)
+        return opened
 
-    train.loop = loop
+    train.open_session = open_session
 
 
 def inject_record(folder: str) -> None:
