@@ -20,7 +20,7 @@ from typing import Any, Literal
 from base import nanogpt, settings
 from base.errors import UserError, near_name
 from base.files import ROOT
-from base.settings import Settings, check_at_least, check_types, flags, parse, split_positional  # noqa: F401
+from base.settings import Settings, check_at_least, check_types, parse, split_positional
 
 # The largest sizes read from an untrusted file: it could otherwise keep the builder of blocks busy for days, or overflow the
 # size of a tensor. Published models stay several times below each.

@@ -13,8 +13,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import configurator
-from base import errors
+from base import errors, settings
 from base.errors import UserError
 from base.files import ROOT, write_atomically
 from configurator import Config, GPTConfig
@@ -67,8 +66,8 @@ class Assumptions:
     """10 minutes until a stuck process is noticed, 5 to start, load and compile: a guess"""
 
     def __post_init__(self):
-        configurator.check_types(vars(self), Assumptions)
-        configurator.check_at_least(self, 0, "tokens_per_s")
+        settings.check_types(vars(self), Assumptions)
+        settings.check_at_least(self, 0, "tokens_per_s")
         if wrong := [k for k, v in vars(self).items() if type(v) is not bool and k != "tokens_per_s" and v <= 0]:
             raise UserError(f"{wrong[0]}={getattr(self, wrong[0])} must be above 0")
         if self.gpus_per_node.bit_count() != 1:
@@ -320,7 +319,7 @@ def generated(text: str, found: dict[str, list[render.Block]]) -> str:
 
 
 def main(argv: list[str], root: Path = ROOT) -> None:
-    a, path = configurator.parse(Assumptions(), argv, __doc__), root / DOCUMENT
+    a, path = settings.parse(Assumptions(), argv, __doc__), root / DOCUMENT
     found = blocks(a, root)
     if not a.check and a != Assumptions():
         print("\n\n".join(f"== {name}\n\n{render.text(parts)}" for name, parts in found.items()))

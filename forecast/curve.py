@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import configurator
-from base import files, scripts
+from base import files, scripts, settings
 from base.errors import UserError, printable
 from configurator import Config
 from corpus import shards
@@ -134,7 +134,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def record(argv: list[str]) -> None:
     """Train a config once for each of a few seeds and write the curve beside it."""
-    names, _ = configurator.split_positional(Config(), argv)
+    names, _ = settings.split_positional(Config(), argv)
     cfg = configurator.load(argv, __doc__)
     if len(names) != 1:
         raise UserError("a curve is recorded of a config file: run python train.py config/x.py --record_curve")
@@ -144,7 +144,7 @@ def record(argv: list[str]) -> None:
             out = Path(folder, str(seed))
             one = replace(cfg, seed=seed, out_dir=str(out), curve="off", keep_checkpoints=1, resume=False)
             print(f"seed {seed}: {cfg.max_steps} steps")
-            scripts.run("train.py", *configurator.flags(one))
+            scripts.run("train.py", *settings.flags(one))
             logs.append(scripts.read_log(out)[0])
     losses = [[r["loss"] for r in log if "loss" in r] for log in logs]
     validations = [{r["step"]: r["val_loss"] for r in log if "val_loss" in r} for log in logs]

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import configurator
 import optim
+from base import settings
 from base.errors import UserError
 from configurator import Config
 from engine import checkpoint, parallel, pretrained, restore
@@ -159,7 +159,7 @@ def replay(folder: Path, flags: list[str], accumulate: Callable[[Run, int], Tens
     cfg, crash, recorded = read_capsule(folder)
     cut = cfg.T, cfg.tokens_per_step
     # the capsule may be untrusted: no file or name in its settings is followed, and its weights are the only ones
-    cfg = configurator.parse(replace(cfg, processes=0, curve="off", resume=False), flags, __doc__)
+    cfg = settings.parse(replace(cfg, processes=0, curve="off", resume=False), flags, __doc__)
     cfg = replace(cfg, init_from="")
     if (cfg.T, cfg.tokens_per_step) != cut:
         raise UserError(f"sequence_length and tokens_per_step are the capsule's, {cut[0]} and {cut[1]}: change other settings")

@@ -24,7 +24,7 @@ from pathlib import Path
 from random import Random
 
 import configurator
-from base import scripts
+from base import scripts, settings
 from base.errors import UserError, entry
 from base.files import ROOT, open_regular, sha256_of
 from configurator import Config
@@ -75,13 +75,13 @@ def difference(a: Path, b: Path) -> str | None:
 
 def train(cfg: Config) -> None:
     """Train in a process of its own, or several. UserError with its last words if it fails."""
-    scripts.run("train.py", *configurator.flags(cfg), processes=max(1, cfg.processes))
+    scripts.run("train.py", *settings.flags(cfg), processes=max(1, cfg.processes))
 
 
 def train_until_byte(cfg: Config, kill_at: int) -> int:
     """Train, and die after so many bytes of checkpoints. Returns the exit status; UserError if it did not die in a save."""
     kill = f"--kill_at_byte={kill_at}"
-    command = scripts.command("-m safety.prove", kill, "--", *configurator.flags(cfg), processes=max(1, cfg.processes))
+    command = scripts.command("-m safety.prove", kill, "--", *settings.flags(cfg), processes=max(1, cfg.processes))
     done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace")
     if not done.returncode or not any(Path(cfg.out_dir).glob(checkpoint.WRITING + "*")):
         last = scripts.last_words(done.stderr)
@@ -140,7 +140,7 @@ def prove_kills(cfg: Config, kills: int, seed: int = 0) -> dict:
     # the last save but one must still come after the last kill
     targets = sorted(random.sample(range(2, cfg.max_steps - cfg.checkpoint_interval), kills))
     for kill, target in enumerate(targets):
-        command = scripts.command("train.py", *configurator.flags(broken), processes=max(1, broken.processes))
+        command = scripts.command("train.py", *settings.flags(broken), processes=max(1, broken.processes))
         going = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
         try:
             while going.poll() is None and last_step(out) < target:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from base.errors import UserError
-from configurator import Config, flags
+from base.settings import flags
+from configurator import Config
 from engine import checkpoint
 from safety import prove
 
