@@ -196,11 +196,8 @@ def speculate(
     A proposal x, drawn from the draft's q, is accepted with probability min(1, p(x) / q(x)), p being the model's. The first
     that is not is replaced by a draw from max(0, p - q), normalised; if all are, the pass yields one token more.
     So every token has the distribution p exactly, whatever the draft (Leviathan et al. 2023, theorem in appendix A), and
-    with temperature 0 the tokens are generate()'s. UserError if the vocabularies differ.
+    with temperature 0 the tokens are generate()'s. Both models must have the same vocabulary.
     """
-    sizes = model.cfg.vocab_size, draft.cfg.vocab_size
-    if sizes[0] != sizes[1]:
-        raise UserError(f"the model has a vocabulary of {sizes[0]}, the draft of {sizes[1]}: both need the same")
     past, ahead = DecodeState(model, prompt), DecodeState(draft, prompt)
     random = torch.Generator(device=past.seen.device).manual_seed(seed)
 
@@ -257,10 +254,10 @@ def print_stream(tokens: Iterator[Tensor], tokenizer: Tokenizer, text: str) -> N
 
 def print_batch(tokens: Iterator[Tensor], tokenizer: Tokenizer, text: str, count: int) -> None:
     """Print several samples once all are complete."""
-    columns = [list(ids) for ids in zip(*(row.tolist() for row in tokens), strict=True)] or [[]] * count
+    columns = list(zip(*(row.tolist() for row in tokens), strict=True)) or [()] * count
     for number, ids in enumerate(columns, 1):
-        end = ids.index(tokenizer.end_of_text) if tokenizer.end_of_text in ids else len(ids)
-        print(f"--- sample {number} of {count} ---\n{text}{tokenizer.decode(ids[:end])}")
+        shown = list(itertools.takewhile(lambda token: token != tokenizer.end_of_text, ids))
+        print(f"--- sample {number} of {count} ---\n{text}{tokenizer.decode(shown)}")
 
 
 def main(argv: list[str]) -> None:

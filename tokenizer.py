@@ -85,8 +85,20 @@ def blocks(text: str, special_tokens: Sequence[str] = (), size: int = ENCODED_AT
         yield text[begin:]
 
 
-class GPT2Tokenizer:
-    """GPT-2's byte-level BPE: any text has ids, and every id below 50,257 is some bytes."""
+class ByteLevelBPE:
+    """What both byte-level BPEs share: any text has ids, and every id is some bytes."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text. '<|endoftext|>' inside a text is text: nobody's document can end another's."""
+        return [i for block in blocks(text) for i in self._encoding.encode_ordinary(block)]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of some ids; bytes that are no UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+
+class GPT2Tokenizer(ByteLevelBPE):
+    """GPT-2's own, with ids below 50,257."""
 
     name = "gpt2"
     vocab_size = 50257
@@ -98,24 +110,16 @@ class GPT2Tokenizer:
     def _encoding(self):
         return _gpt2_encoding()
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text. '<|endoftext|>' inside a text is text: nobody's document can end another's."""
-        return [i for block in blocks(text) for i in self._encoding.encode_ordinary(block)]
-
     def decode_bytes(self, ids: list[int]) -> bytes:
         """The bytes of some ids; one character may be spread over several, so half of one is possible."""
-        return _gpt2_encoding().decode_bytes(ids)
-
-    def decode(self, ids: list[int]) -> str:
-        """The text of some ids; bytes that are no UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+        return self._encoding.decode_bytes(ids)
 
     def to_json(self) -> str:
         return json.dumps({"type": "gpt2"})
 
 
-class BPETokenizer:
-    """Byte-level BPE with merges of your own text: any text has ids, and every id is some bytes.
+class BPETokenizer(ByteLevelBPE):
+    """Byte-level BPE with merges of your own text.
 
     tiktoken joins whichever neighbours spell the earliest token, in place of applying the merges in their order. For trained
     merges that is the same: how a stretch of bytes is merged, as long as no token reaches over its ends, depends on nothing
@@ -155,18 +159,9 @@ class BPETokenizer:
 
         return tiktoken.Encoding(self.name, pat_str=PATTERN, mergeable_ranks=self.ranks, special_tokens={})
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text. A special token like '<|endoftext|>' inside a text is text."""
-        return [i for block in blocks(text) for i in self._encoding.encode_ordinary(block)]
-
     def decode_bytes(self, ids: list[int]) -> bytes:
-        """The bytes of some ids; one character may be spread over several, so half of one is possible."""
         assert all(0 <= i < self.vocab_size for i in ids), "an id outside the vocabulary"
         return b"".join(self.tokens[i] for i in ids)
-
-    def decode(self, ids: list[int]) -> str:
-        """The text of some ids; bytes that are no UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def to_json(self) -> str:
         return json.dumps({"type": "bpe", "merges": self.merges, "special_tokens": self.special_tokens})

@@ -189,7 +189,8 @@ def loop(s: Session) -> None:
             score_hellaswag(s)
         if s.due(cfg.sample_interval) and not s.last:
             write_sample(s)
-        report_finished_save(s)
+        if s.saver.done():
+            finish_save(s)
         if s.last or s.due(cfg.checkpoint_interval) or (improved and cfg.keep_best):
             save(s)
         if s.stop.asked:
@@ -324,11 +325,6 @@ def save(s: Session) -> None:
     s.saver.save(folder.snapshot(s.run, p), cfg.keep_checkpoints, p.best_step if cfg.keep_best else None)
     s.journal.event("saving", p.step, pause_ms=1e3 * (time.perf_counter() - began))
     s.watchdog.beat(f"after the save of step {p.step}")
-
-
-def report_finished_save(s: Session) -> None:
-    if s.saver.done():
-        finish_save(s)
 
 
 def finish_save(s: Session, final: bool = False) -> None:

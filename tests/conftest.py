@@ -1,6 +1,7 @@
 """What all tests share: the import path, one thread, a tiny model's configuration, and a way to run a script."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,12 +93,31 @@ def tiny_flags(tiny_run) -> list[str]:
     return [f"--{name}={value}" for name, value in tiny_run.items()]
 
 
+@pytest.fixture(scope="session")
+def finished(tiny_run, tmp_path_factory) -> str:
+    """The folder of the tiny run at its end: to be read, not changed."""
+    import train
+    from configurator import Config
+
+    folder = str(tmp_path_factory.mktemp("out") / "tiny")
+    train.train(Config(**tiny_run, out_dir=folder, curve="off"))
+    return folder
+
+
 @pytest.fixture
+def own_run(finished, tmp_path) -> str:
+    """A copy of it, to be continued and written to."""
+    return shutil.copytree(finished, str(tmp_path / "run"))
+
+
+HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+
+@pytest.fixture(autouse=True)
 def own_signals():
-    """Put pytest's signal handlers back after a test that runs train.train()."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Put pytest's signal handlers back: train.train() has its own."""
     yield
-    for number, handler in before.items():
+    for number, handler in HANDLERS.items():
         signal.signal(number, handler)
 
 

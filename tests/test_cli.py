@@ -1,12 +1,15 @@
 """What a user mistypes ends as one line that says what to do: exit status 2, no traceback."""
 
+import math
 import os
 import shlex
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from trained import save_run
 
 import configurator
 import evaluate
@@ -16,12 +19,17 @@ import sample
 import train
 from base import errors
 from base.errors import UserError
+from configurator import GPTConfig
+from engine import restore
+from engine.pretrained import save_hf_dir
+from model import GPT
+from tokenizer import CharTokenizer
 
 SCRIPTS = (train, sample, prepare_data, evaluate, export)
 MAINS = {f"{script.__name__}.py": script.main for script in SCRIPTS}
 TINY = "TINY"  # stands for the flags of the tiny run
 
-# (script, arguments, what the line must say); {tmp} is an empty folder but for the things below, {data} holds "tiny"
+# (script, arguments, what the line must say); {new} is an empty folder, {data} holds "tiny", {out} the finished {run}
 WRONG = [
     ("train.py", ["--batchsize=4"], "did you mean batch_size"),
     ("train.py", ["config/shakespear.py"], "did you mean config/shakespeare.py"),
@@ -39,21 +47,35 @@ WRONG = [
     ("train.py", [TINY, "--device=cuda"], "use --device=auto"),
     ("sample.py", [], "which model?"),
     ("sample.py", ["out/missing"], "not a run, a checkpoint or a model folder"),
-    ("sample.py", ["{tmp}"], "has no checkpoint"),
-    ("sample.py", ["config/stages/s1_inference.py", "--top_p=1.5"], "(0, 1]"),
-    ("sample.py", ["config/stages/s1_inference.py", "--temperature=-1"], "at least 0"),
-    ("sample.py", ["config/stages/s1_inference.py", "--prompt_file={tmp}/missing.txt"], "prompt_file"),
-    ("sample.py", ["config/stages/s1_inference.py", "--prompt_file={tmp}/latin1.txt"], "not UTF-8"),
-    ("sample.py", ["config/stages/s1_inference.py", "--quantize=int8", "--dtype=float32"], "leave out --dtype=float32"),
-    ("sample.py", ["config/stages/s1_inference.py", "--quantize=int3", "--dtype=bfloat16"], "int4"),
-    ("sample.py", ["config/stages/s1_inference.py", "--draft=out/x", "--num_samples=2"], "use --num_samples=1"),
-    ("sample.py", ["config/stages/s1_inference.py", "--draft_tokens=2"], "use --draft="),
+    ("sample.py", ["{new}"], "has no checkpoint"),
+    ("sample.py", ["{tmp}/hf65"], "65 ids"),
+    ("sample.py", ["out/run", "To", "be,"], "use python sample.py out/run --prompt 'To be,'"),
+    ("sample.py", ["{run}", "--top_p=1.5"], "(0, 1]"),
+    ("sample.py", ["{run}", "--top_p=0"], "(0, 1]"),
+    ("sample.py", ["{run}", "--temperature=-1"], "at least 0"),
+    ("sample.py", ["{run}", "--prompt=a", "--prompt_file=b"], "exclude each other"),
+    ("sample.py", ["{run}", "--prompt_file={tmp}/missing.txt"], "prompt_file"),
+    ("sample.py", ["{run}", "--prompt_file={tmp}/latin1.txt"], "not UTF-8 (byte 3)"),
+    ("sample.py", ["{run}", "--prompt=aZ"], "'Z'"),
+    ("sample.py", ["{run}", "--quantize=int8", "--dtype=float32"], "leave out --dtype=float32"),
+    ("sample.py", ["{run}", "--quantize=int3", "--dtype=bfloat16"], "int4"),
+    ("sample.py", ["{run}", "--draft=out/x", "--num_samples=2"], "use --num_samples=1"),
+    ("sample.py", ["{run}", "--draft=out/x", "--kv_cache=False"], "leave out --kv_cache=False"),
+    ("sample.py", ["{run}", "--draft={tmp}/three"], "different vocabularies"),
+    ("sample.py", ["{run}", "--draft_tokens=2"], "use --draft="),
     ("train.py", [TINY, "--sdpa_backend=cudnn"], "use --sdpa_backend=any"),
     ("train.py", [TINY, "--compile=True", "--compile_mode=reduce-overhead"], "use --compile_mode=default"),
     ("train.py", [TINY, "--compile_mode=max-autotune-no-cudagraphs"], "needs --compile=True"),
     ("evaluate.py", [], "which model?"),
     ("evaluate.py", ["out/missing"], "not a run, a checkpoint or a model folder"),
+    ("evaluate.py", ["{run}", "{run}"], "which model?"),
+    ("evaluate.py", ["{out}"], "is a folder of runs"),
     ("evaluate.py", ["gpt2", "--rows=3"], "needs --hellaswag"),
+    ("evaluate.py", ["{run}", "--sequence_length=33"], "use --sequence_length=32"),
+    ("evaluate.py", ["{run}", "--device=cpu", "--out={tmp}/file/x.json"], "cannot write"),
+    ("evaluate.py", ["{tmp}/hf"], "use --dataset"),
+    ("evaluate.py", ["{tmp}/three", "--dataset=tiny", "--data_dir={data}"], "tokens of char-"),
+    ("evaluate.py", ["{tmp}/nan", "--dataset=tiny", "--data_dir={data}"], "not finite"),
     ("export.py", ["out/missing"], "use python export.py"),
     ("prepare_data.py", [], "which text?"),
     ("prepare_data.py", ["shakespear"], "did you mean shakespeare"),
@@ -66,22 +88,37 @@ WRONG = [
 ]
 
 
+@pytest.fixture(scope="module")
+def spoilt(prepared, finished, tmp_path_factory) -> Path:
+    """The folder of what is wrong in the files that the arguments name."""
+    folder = tmp_path_factory.mktemp("spoilt")
+    shutil.copytree(prepared / "tiny", folder / "damaged")
+    os.truncate(folder / "damaged" / "train_000000.bin", 1000)
+    (folder / "typo.py").write_text("from configurator import Config\n\nconfig = Config(batch_sise=4)\n")
+    (folder / "latin1.txt").write_bytes("café".encode("latin-1"))
+    for name in ("empty.txt", "file"):
+        (folder / name).write_text("")
+    shape = dict(n_layer=1, n_head=1, n_embd=4, block_size=8)
+    save_hf_dir(GPT(GPTConfig(**shape)), folder / "hf")
+    save_hf_dir(GPT(GPTConfig(**shape, vocab_size=65)), folder / "hf65")
+    save_run(folder / "three", GPT(GPTConfig(**shape, vocab_size=3)), CharTokenizer(["a", "b", "c"]))
+    model, tokenizer = restore.load_model(finished)
+    model.transformer.ln_f.bias.data[0] = math.nan
+    save_run(folder / "nan", model, tokenizer)
+    return folder
+
+
 @pytest.fixture
-def arguments(tmp_path, prepared, tiny_flags, root, monkeypatch):
+def arguments(tmp_path, prepared, finished, spoilt, tiny_flags, root, monkeypatch):
     """arguments(list) -> the list with its placeholders filled in; the working folder is the repository's root."""
     monkeypatch.chdir(root)
-    shutil.copytree(prepared / "tiny", tmp_path / "damaged")
-    shard = tmp_path / "damaged" / "train_000000.bin"
-    shard.write_bytes(shard.read_bytes()[:-50])
-    (tmp_path / "typo.py").write_text("from configurator import Config\n\nconfig = Config(batch_sise=4)\n")
-    (tmp_path / "latin1.txt").write_bytes("café".encode("latin-1"))
-    (tmp_path / "empty.txt").write_text("")
-    (tmp_path / "file").write_text("")
+    (tmp_path / "new").mkdir()
+    places = dict(tmp=spoilt, new=tmp_path / "new", data=prepared, run=finished, out=Path(finished).parent)
 
     def fill(argv: list[str]) -> list[str]:
         out = [] if "--resume" in argv or any("--out_dir" in a for a in argv) else [f"--out_dir={tmp_path}/run"]
         filled = [part for a in argv for part in ([*tiny_flags, *out] if a == TINY else [a])]
-        return [a.format(tmp=tmp_path, data=prepared) for a in filled]
+        return [a.format(**places) for a in filled]
 
     return fill
 
@@ -93,7 +130,6 @@ def is_one_line_with(word: str, status: int, err: str, begin: str = "error: ") -
     assert word in err
 
 
-@pytest.mark.usefixtures("own_signals")
 @pytest.mark.parametrize(("script", "argv", "word"), WRONG, ids=lambda v: v if isinstance(v, str) else "")
 def test_a_wrong_command_is_one_line_with_its_remedy(arguments, capsys, monkeypatch, script, argv, word):
     """Through the same entry() that the scripts end with."""
@@ -103,12 +139,6 @@ def test_a_wrong_command_is_one_line_with_its_remedy(arguments, capsys, monkeypa
     with pytest.raises(SystemExit) as e:
         errors.entry(MAINS[script])
     is_one_line_with(word, e.value.code, capsys.readouterr().err)
-
-
-def test_so_it_is_in_a_real_process(arguments, run_script):
-    done = run_script("train.py", *arguments([TINY, "--vocab_size=50257"]))
-    is_one_line_with("use --vocab_size=18", done.returncode, done.stderr)
-    assert done.stdout == ""
 
 
 def test_a_wrong_command_on_two_processes_is_found_before_any_waits(arguments, capsys, monkeypatch):
@@ -121,31 +151,22 @@ def test_a_wrong_command_on_two_processes_is_found_before_any_waits(arguments, c
     is_one_line_with("use --tokens_per_step=128", e.value.code, capsys.readouterr().err, "[rank 1] error: ")
 
 
-@pytest.fixture
-def trained(tiny_run, tmp_path) -> str:
-    """The folder of a finished run of 6 steps."""
-    train.train(configurator.Config(**tiny_run, out_dir=str(tmp_path / "run")))
-    return str(tmp_path / "run")
-
-
-@pytest.mark.usefixtures("own_signals")
-def test_a_run_knows_its_own_settings_and_refuses_others_with_a_command_that_works(trained, capsys):
+def test_a_run_knows_its_own_settings_and_refuses_others_with_a_command_that_works(own_run, capsys):
     with pytest.raises(UserError) as e:
-        train.main([trained, "--n_layer=3", "--n_head=4", "--max_steps=7", "--log_interval=1"])
+        train.main([own_run, "--n_layer=3", "--n_head=4", "--max_steps=7", "--log_interval=1"])
     said = str(e.value)
     assert "n_layer=2, not 3" in said
     assert "n_head=2, not 4" in said
     train.main(said.partition("use python train.py ")[2].split())
     assert "step      7/7" in capsys.readouterr().out
-    train.main(["--resume", f"--out_dir={trained}", "--max_steps=8"])
+    train.main(["--resume", f"--out_dir={own_run}", "--max_steps=8"])
     assert "step      8/8" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("own_signals")
-def test_a_finished_run_says_so_and_ends_with_three_texts_and_the_commands_that_come_next(trained, capsys):
-    train.main([trained])
+def test_a_finished_run_says_so_and_ends_with_three_texts_and_the_commands_that_come_next(own_run, capsys):
+    train.main([own_run])
     assert "is finished at step 6; use --max_steps=" in capsys.readouterr().out
-    train.main([trained, "--max_steps=8", "--sample_interval=7", "--sample_prompt=the cat"])
+    train.main([own_run, "--max_steps=8", "--sample_interval=7", "--sample_prompt=the cat"])
     out = capsys.readouterr().out
     assert out.count("sample | the cat") == 1 + 3
     sample.main([*shlex.split(out.partition("next: python sample.py ")[2].splitlines()[0]), "--max_new_tokens=3"])

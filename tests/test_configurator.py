@@ -23,9 +23,9 @@ from configurator import Config, GPTConfig, load
 def config_file(tmp_path):
     """config_file("Config(seed=1)") -> path of a config file that ends with that."""
 
-    def write(expression: str, before: str = "") -> str:
+    def write(expression: str) -> str:
         path = tmp_path / "mine.py"
-        path.write_text(f"from configurator import Config\n{before}\nconfig = {expression}\n")
+        path.write_text(f"from configurator import Config\n\nconfig = {expression}\n")
         return str(path)
 
     return write
@@ -43,11 +43,14 @@ def refused(argv: list[str]) -> str:
 
 
 def test_flags_win_over_the_file_and_the_file_over_the_defaults(config_file):
+    """Written as people write it; in either order; a bare flag does not swallow the file, after which the run is named."""
     path = config_file("Config(seed=1, max_steps=7)")
     cfg = load([path, "--seed=2"], "")
     assert (cfg.seed, cfg.max_steps, cfg.batch_size) == (2, 7, Config().batch_size)
-    assert load(["--seed=2", path], "") == cfg  # in either order
-    assert cfg.out_dir.endswith("mine")  # named after the file
+    assert load(["--seed=2", path], "") == cfg
+    assert cfg.out_dir.endswith("mine")
+    cfg = load(["--max_steps=1e3", "--compile=false", "--learning_rate=1", "--resume", path], "")
+    assert (cfg.max_steps, cfg.compile, cfg.learning_rate, cfg.resume, cfg.seed) == (1000, False, 1, True, 1)
 
 
 BY_HAND = dict(n_head=6, n_embd=1536, block_size=2048, sequence_length=512, tokens_per_step=2**20, min_lr=1e-5)
@@ -81,12 +84,6 @@ def test_every_setting_can_be_typed_in_every_form(field, config_file):
         found = replace(found, curve="") if field.name != "curve" else found  # which load() looks for beside the file
         assert found == expected, form
         assert type(getattr(found, field.name)) is type(value)
-
-
-def test_a_value_may_be_written_as_people_write_it(config_file):
-    """A bare flag does not swallow the config file."""
-    cfg = load(["--max_steps=1e3", "--compile=false", "--learning_rate=1", "--resume", config_file("Config(seed=5)")], "")
-    assert (cfg.max_steps, cfg.compile, cfg.learning_rate, cfg.resume, cfg.seed) == (1000, False, 1, True, 5)
 
 
 def test_a_config_file_is_found_beside_train_py_from_any_folder(root, tmp_path, monkeypatch):
@@ -163,30 +160,24 @@ def test_a_config_of_nanogpt_is_answered_with_its_translation(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("before", "expression", "line", "what"),
+    ("content", "line", "what"),
     [
-        ("x = (", "1", 2, "SyntaxError"),
-        ("x = 1", "Config(batch_size=0)", 3, "at least 1"),
-        ("def f():\n    return 1 / 0\n", "f()", 3, "ZeroDivisionError"),
-        ("raise RuntimeError('two\\nlines')", "Config()", 2, "RuntimeError"),
+        (b"x = (\n", ", line 1", "SyntaxError"),
+        (b"from configurator import Config\n\nconfig = Config(batch_size=0)", ", line 3", "at least 1"),
+        (b"def f():\n    return 1 / 0\n\nconfig = f()", ", line 2", "ZeroDivisionError"),
+        (b"raise RuntimeError('two\\nlines')", ", line 1", "RuntimeError"),
+        (b"config = '\xff'", "", ""),
+        (b"config = 1\0", "", ""),
+        (b"# coding: nonsense\nconfig = 1", "", ""),
+        (b"config = dict(seed=1)", " must end with", "dict"),
     ],
 )
-def test_whatever_is_wrong_in_a_file_is_named_with_its_line(config_file, before, expression, line, what):
-    path = config_file(expression, before)
-    assert f"{path}, line {line}" in refused([path])
-    assert what in refused([path])
-
-
-@pytest.mark.parametrize("content", [b"config = '\xff'", b"config = 1\0", b"# coding: nonsense\nconfig = 1"])
-def test_a_file_that_is_no_python_text_is_refused(tmp_path, content):
+def test_whatever_is_wrong_in_a_file_is_named_with_its_line(tmp_path, content, line, what):
     path = tmp_path / "odd.py"
     path.write_bytes(content)
-    assert str(path) in refused([str(path)])
-
-
-def test_a_file_must_end_with_a_config(config_file):
-    path = config_file("dict(seed=1)")
-    assert f"{path} must end with" in refused([path])
+    message = refused([str(path)])
+    assert f"{path}{line}" in message
+    assert what in message
 
 
 # ---- what follows from the settings -----------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
-"""evaluate.py against slow references: transformers' logits one row at a time, and counts by hand."""
+"""evaluate.py against slow references: one row or sequence at a time, and counts by hand."""
 
-import contextlib
 import json
 import math
 from dataclasses import replace
@@ -11,22 +10,22 @@ import numpy as np
 import pytest
 import ranks
 import torch
+from runs import records
 
 import evaluate
-import prepare_data
 import train
 from base.errors import UserError
 from configurator import Config, GPTConfig
 from corpus import bpe
 from corpus.hellaswag import Row, encode_row, load_rows
 from corpus.shards import TokenStream
-from engine import checkpoint, parallel, pretrained, restore
+from engine import parallel, restore
 from engine import run as training
 from engine.parallel import World
 from evaluate import hellaswag, score_rows, validation
 from model import GPT
 from report import kinds
-from tokenizer import CharTokenizer, GPT2Tokenizer
+from tokenizer import CharTokenizer
 
 CPU = torch.device("cpu")
 LETTERS = CharTokenizer.train("abcdefghijklmnopqrstuvwxyz .,ž🙂\n")
@@ -55,17 +54,13 @@ def made_up(count: int, seed: int = 0) -> list[Row]:
 
 @torch.inference_mode()
 def by_definition(model, tokenizer, rows: list[Row]) -> tuple[torch.Tensor, dict]:
-    """(score of each ending, what hellaswag() should say): one sequence at a time, no padding, no cache, sums in float64.
-
-    model: gives logits, or something that has them.
-    """
+    """(score of each ending, what hellaswag() should say): one sequence at a time, no padding, no cache, sums in float64."""
     scores, best, best_norm = [], [], []
     for row in rows:
         context, totals, means = tokenizer.encode(row.context), [], []
         for ending in row.endings:
             ids = tokenizer.encode(" " + ending)
-            out = model(torch.tensor([context + ids]))
-            logits = (out if isinstance(out, torch.Tensor) else out.logits)[0, len(context) - 1 : -1]
+            logits = model(torch.tensor([context + ids]))[0, len(context) - 1 : -1]
             log_p = logits.double().log_softmax(-1)
             totals.append(sum(log_p[k, token].item() for k, token in enumerate(ids)))
             means.append(totals[-1] / len(ids))
@@ -79,25 +74,6 @@ def by_definition(model, tokenizer, rows: list[Row]) -> tuple[torch.Tensor, dict
 
 def encoded(model: GPT, tokenizer, rows: list[Row]) -> list[tuple]:
     return [encode_row(row, tokenizer, model.cfg.block_size) for row in rows]
-
-
-@pytest.mark.slow  # for transformers' import
-@pytest.mark.usefixtures("gpt2_files")
-def test_rows_score_as_with_transformers(tmp_path):
-    """A random GPT-2 with its full vocabulary: 12 rows, through transformers' model one ending at a time."""
-    transformers = pytest.importorskip("transformers", reason="transformers is the oracle of this test")
-    shape = dict(n_layer=12, n_head=4, n_embd=16)
-    torch.manual_seed(1)
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50257, n_positions=256, **shape)).eval()
-    for p in theirs.parameters():
-        p.data.normal_(mean=1.0 if p.dim() == 1 else 0.0, std=0.2)
-    theirs.save_pretrained(tmp_path)
-    ours, rows, tokenizer = pretrained.load_hf_dir(tmp_path), made_up(12), GPT2Tokenizer()
-    scores, answers = by_definition(theirs, tokenizer, rows)
-    assert scores.std() > 10  # there is something to compare
-    found = score_rows(ours, encoded(ours, tokenizer, rows), batch_tokens=1000)
-    torch.testing.assert_close(found, scores, rtol=1e-6, atol=1e-3)
-    assert hellaswag(ours, tokenizer, rows, batch_tokens=1000) == answers
 
 
 @pytest.mark.parametrize("changes", [{}, dict(vocab_multiple=64), dict(attention="naive")], ids=str)
@@ -217,56 +193,36 @@ def test_bits_per_byte_by_hand(tiny, T, batch_size):
     assert math.isnan(validation(uniform, stream, OWN, **sizes)["bits_per_byte"])
 
 
-@pytest.mark.parametrize("tokens", [1, 32, 33, 10**6])
-def test_validation_is_the_mean_over_the_first_targets_whatever_the_batch(tiny, tokens):
-    """By definition: each sequence of T alone, log-softmax in float64."""
-    model, T = random_model(tiny(vocab_size=OWN.vocab_size)), 32
-    ids = torch.tensor(OWN.encode("the cat sat on the mat. žluť 🙂 the dog ran after the cat. " * 6))
-    stream = TokenStream([ids.numpy().astype(np.uint16)])
-    total, last = 0.0, min(tokens, len(ids) - 1)
-    for first in range(0, last, T):
-        y = ids[first + 1 : min(first + T, last) + 1]
-        log_p = model(ids[first : first + len(y)][None])[0].double().log_softmax(-1)
-        total -= log_p[torch.arange(len(y)), y].sum().item()
-    for batch_size in (1, 7):
-        found = validation(model, stream, OWN, tokens=tokens, T=T, batch_size=batch_size, device=CPU)
-        assert found["loss"] == pytest.approx(total / last, rel=1e-6)
-        assert (found["tokens"], found["bytes"]) == (last, len(OWN.decode_bytes(ids[1 : last + 1].tolist())))
-
-
-def test_the_standard_error_is_how_much_the_loss_varies_when_sequences_are_drawn_again(tiny):
-    """With replacement, as many as there are; the last one is shorter. The same whatever the batch; none for one sequence."""
-    model, T = random_model(tiny(vocab_size=OWN.vocab_size)), 8
+@pytest.mark.parametrize(("T", "tokens"), [(32, 1), (32, 32), (32, 33), (8, 10**6)])
+def test_validation_is_the_mean_over_the_first_targets_whatever_the_batch(tiny, T, tokens):
+    """By definition: each sequence of T alone, log-softmax in float64. The standard error is how much the loss varies when as
+    many sequences are drawn again, with replacement; one alone has none.
+    """
+    model = random_model(tiny(vocab_size=OWN.vocab_size))
     ids = torch.tensor(OWN.encode("the cat sat on the mat. žluť 🙂 the dog ran after the cat. " * 4 + "xyz 123 qqq. " * 9))
-    ids = ids[: len(ids) // T * T + 4]
-    rows = [ids[a : a + T + 1] for a in range(0, len(ids) - 1, T)]
+    ids = ids[: len(ids) // 32 * 32 + 4]  # the last sequence is shorter
+    last = min(tokens, len(ids) - 1)
+    rows = [ids[a : min(a + T, last) + 1] for a in range(0, last, T)]
     log_p = [model(row[None, :-1])[0].double().log_softmax(-1) for row in rows]
     nats = np.array([-p[torch.arange(len(p)), row[1:]].sum().item() for p, row in zip(log_p, rows, strict=True)])
     sizes = np.array([len(row) - 1 for row in rows])
     drawn = np.random.default_rng(0).integers(0, len(rows), (20_000, len(rows)))
-    losses = nats[drawn].sum(1) / sizes[drawn].sum(1)
+    spread = (nats[drawn].sum(1) / sizes[drawn].sum(1)).std() * math.sqrt(len(rows) / max(1, len(rows) - 1))
     stream = TokenStream([ids.numpy().astype(np.uint16)])
-    how = dict(T=T, device=CPU, standard_error=True)
     for batch_size in (1, 7):
-        found = validation(model, stream, OWN, tokens=10**6, batch_size=batch_size, **how)
-        assert found["loss"] == pytest.approx(nats.sum() / sizes.sum(), rel=1e-6)
-        assert found["standard_error"] == pytest.approx(losses.std() * math.sqrt(len(rows) / (len(rows) - 1)), rel=0.03)
-        assert found["sequences"] == len(rows) > 20
-    assert validation(model, stream, OWN, tokens=T, batch_size=2, **how)["standard_error"] is None
-    assert validation(model, stream, OWN, tokens=T + 1, batch_size=2, **how)["standard_error"] > 0
+        how = dict(tokens=tokens, T=T, batch_size=batch_size, device=CPU)
+        found, plain = (validation(model, stream, OWN, **how, standard_error=asked) for asked in (True, False))
+        assert found["loss"] == pytest.approx(nats.sum() / last, rel=1e-6)
+        assert plain["loss"] == pytest.approx(nats.sum() / last, rel=1e-6)
+        assert (found["tokens"], found["bytes"]) == (last, len(OWN.decode_bytes(ids[1 : last + 1].tolist())))
+        assert found["sequences"] == len(rows)
+        if len(rows) > 20:
+            assert found["standard_error"] == pytest.approx(spread, rel=0.03)
+        else:
+            assert (found["standard_error"] is None) == (len(rows) == 1)
 
 
 # ---- the command line
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, tiny_run) -> Path:
-    """The folder of a tiny run that was trained and validated."""
-    folder = tmp_path_factory.mktemp("out") / "tiny"
-    with contextlib.redirect_stdout(None):
-        train.train(Config(**tiny_run | dict(out_dir=str(folder), curve="off")))
-    return folder
-
 
 # Rows that the tiny run's alphabet can spell.
 SPELLED = [Row("the cat", ("sat on a mat,", "ran", "fell.", "after the cat"), i % 4) for i in range(12)]
@@ -287,56 +243,55 @@ def last_line(capsys) -> dict:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-@pytest.mark.usefixtures("own_signals")
-def test_a_run_is_measured_on_what_it_validated_on(trained, capsys):
-    logged = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
-    val_loss = [r["val_loss"] for r in logged if "val_loss" in r][-1]
-    (trained / "eval.jsonl").unlink(missing_ok=True)
-    evaluate.main([str(trained), "--device=cpu"])
+def test_a_run_is_measured_on_what_it_validated_on_and_report_shows_it(own_run, capsys):
+    val_loss = [r["val_loss"] for r in records(Config(out_dir=own_run)) if "val_loss" in r][-1]
+    evaluate.main([own_run, "--device=cpu"])
     shown = last_line(capsys)
     assert shown["val_loss"] == pytest.approx(val_loss, rel=1e-5)
     assert (shown["step"], shown["dataset"], shown["tokens"]) == (6, "tiny", 1000)
-    evaluate.main([str(trained / "step_00000006"), "--device=cpu", "--tokens=64", "--sequence_length=16"])
+    evaluate.main([f"{own_run}/step_00000006", "--device=cpu", "--tokens=64", "--sequence_length=16"])
     assert last_line(capsys)["tokens"] == 64
-    first, second = (json.loads(line) for line in (trained / "eval.jsonl").read_text().splitlines())
+    first, second = (json.loads(line) for line in Path(own_run, "eval.jsonl").read_text().splitlines())
     assert first["validation"]["loss"] == pytest.approx(val_loss, rel=1e-6)
     assert second["settings"]["tokens"] == 64
     assert second["validation"]["sequence_length"] == 16
     assert {"kind", "date", "command", "machine", "processes", "parameters"} <= first.keys()
+    first["hellaswag"] = {"acc": 0.2859, "acc_norm": 0.2955, "rows": 10_042, "cut": 3, "seconds": 61.0}
+    text, found = kinds.as_text(first), first.pop("validation")
+    shown = [f"{found['loss']:.4f}", f"± {found['standard_error']:.4f}", "28.59%", "29.55%", "10,042"]
+    shown += [f"± one standard error over the {found['sequences']} sequences", "rows_cut: 3 rows are longer than the model's"]
+    assert [words for words in shown if words not in text] == []
+    assert "bits" not in kinds.as_markdown(first)
 
 
-@pytest.mark.usefixtures("own_signals")
 def test_training_scores_the_rows_of_its_own_data_folder(tiny_run, tmp_path, few_rows):
     """As evaluate.py scores the checkpoint of that step."""
     steps = dict(max_steps=4, hellaswag_interval=2, hellaswag_rows=9, curve="off", out_dir=str(tmp_path / "run"))
-    with contextlib.redirect_stdout(None):
-        train.train(Config(**tiny_run | steps))
-    logged = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    scored = [r for r in logged if "hellaswag" in r]
+    cfg = Config(**tiny_run | steps)
+    train.train(cfg)
+    scored = [r for r in records(cfg) if "hellaswag" in r]
     assert [r["step"] for r in scored] == [2, 4]
     assert few_rows == [tiny_run["data_dir"]]
     expected = hellaswag(*restore.load_model(str(tmp_path / "run")), SPELLED[:9], batch_tokens=128)
     assert (scored[-1]["hellaswag"], scored[-1]["hellaswag_norm"]) == (expected["acc"], expected["acc_norm"])
 
 
-@pytest.mark.usefixtures("own_signals")
-def test_hellaswag_from_the_command_line(trained, prepared, few_rows, tmp_path, capsys):
-    (trained / "eval.jsonl").unlink(missing_ok=True)
+def test_hellaswag_from_the_command_line(own_run, prepared, few_rows, tmp_path, capsys):
     path = tmp_path / "new" / "evaluate.json"
-    evaluate.main([str(trained), "--hellaswag", "--rows=8", f"--out={path}", "--device=cpu", "--dtype=bfloat16"])
+    evaluate.main([own_run, "--hellaswag", "--rows=8", f"--out={path}", "--device=cpu", "--dtype=bfloat16"])
     shown, record = last_line(capsys), json.loads(path.read_text())
     assert shown["rows"] == record["hellaswag"]["rows"] == 8
     assert "val_loss" not in shown
     assert "validation" not in record
-    assert not (trained / "eval.jsonl").exists()
-    evaluate.main([str(trained), "--hellaswag", "--dataset=tiny", f"--data_dir={prepared}", f"--out={path}", "--device=cpu"])
+    assert not Path(own_run, "eval.jsonl").exists()
+    evaluate.main([own_run, "--hellaswag", "--dataset=tiny", f"--data_dir={prepared}", f"--out={path}", "--device=cpu"])
     assert {"val_loss", "hellaswag_acc", "hellaswag_acc_norm"} <= last_line(capsys).keys()
     assert json.loads(path.read_text()).keys() > {"validation", "hellaswag"}
     assert few_rows == ["data", str(prepared)]  # it used to be data/ whatever --data_dir was
 
 
-def test_two_processes_say_what_one_says(trained, prepared, tmp_path):
-    argv = [str(trained), "--device=cpu", "--tokens=900", "--batch_size=2"]
+def test_two_processes_say_what_one_says(own_run, prepared, tmp_path):
+    argv = [own_run, "--device=cpu", "--tokens=900", "--batch_size=2"]
     evaluate.main([*argv, f"--out={tmp_path}/one.json"])
     ranks.run(2, tmp_path / "ranks", evaluate.main, [*argv, f"--out={tmp_path}/two.json"])
     one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("one", "two"))
@@ -346,53 +301,6 @@ def test_two_processes_say_what_one_says(trained, prepared, tmp_path):
     printed = [(tmp_path / "ranks" / f"{n}.out").read_text() for n in (0, 1)]
     assert printed[0].count("val_loss") == 1
     assert printed[1] == ""
-
-
-def test_report_shows_it(trained, tmp_path, capsys):
-    evaluate.main([str(trained), "--device=cpu", f"--out={tmp_path}/e.json"])
-    record = json.loads((tmp_path / "e.json").read_text())
-    record["hellaswag"] = {"acc": 0.2859, "acc_norm": 0.2955, "rows": 10_042, "cut": 3, "seconds": 61.0}
-    text, found = kinds.as_text(record), record["validation"]
-    shown = [f"{found['loss']:.4f}", f"± {found['standard_error']:.4f}", "28.59%", "29.55%", "10,042"]
-    shown += [f"± one standard error over the {found['sequences']} sequences", "rows_cut: 3 rows are longer than the model's"]
-    assert [words for words in shown if words not in text] == []
-    del record["validation"]
-    assert "bits" not in kinds.as_markdown(record)
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["RUN", "RUN"], "which model"),
-        (["RUN", "--sequence_length=33"], "use --sequence_length=32"),
-        (["RUN", "--data_dir=DATA", "--dataset=other"], "made|tokens of char-"),
-        (["HF"], "use --dataset"),
-        (["RUN", "--out=DATA/tiny.txt/x.json"], "cannot write"),
-        (["NAN"], "not finite"),
-    ],
-    ids=str,
-)
-def test_mistakes_end_in_one_line(trained, prepared, tmp_path, gpt2_files, argv, message):
-    if "--dataset=other" in argv and not (prepared / "other").exists():
-        (prepared / "other.txt").write_text("another alphabet xyz " * 500)
-        prepare_data.main([str(prepared / "other.txt"), "--tokenizer=char", f"--data_dir={prepared}"])
-    if "HF" in argv:
-        pretrained.save_hf_dir(GPT(GPTConfig(n_layer=1, n_head=1, n_embd=4, block_size=8)), tmp_path / "hf")
-    if "NAN" in argv:
-        cfg = restore.read_config(restore.newest(trained))
-        model, tokenizer = restore.load_model(str(trained))
-        model.transformer.ln_f.bias.data[0] = math.nan
-        tensors = checkpoint.state_tensors(model, torch.optim.AdamW(model.parameters()))
-        state = checkpoint.Snapshot(1, *tensors, [torch.get_rng_state()], cfg, tokenizer, {})
-        checkpoint.save(tmp_path / "nan", state, keep=1)
-    places = {"RUN": str(trained), "HF": str(tmp_path / "hf"), "NAN": str(tmp_path / "nan")}
-    argv = [places.get(arg, arg.replace("DATA", str(prepared))) for arg in argv]
-    with pytest.raises(UserError, match=message) as refusal:
-        evaluate.main([*argv, "--device=cpu"])
-    assert "\n" not in str(refusal.value)
-
-
-# ---- the known answer
 
 
 @pytest.mark.network

@@ -29,7 +29,6 @@ from engine import pretrained, restore
 from forecast import curve
 from model import GPT
 
-pytestmark = pytest.mark.usefixtures("own_signals")
 # The originals of a test are made once; each example changes them and puts them back
 some = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
@@ -93,25 +92,19 @@ def other(path: Path):
 
 
 @contextlib.contextmanager
-def in_place_of(path: Path, content: bytes, seal=lambda: None):
-    """The file with other content, and a manifest made to fit by `seal`, for a while."""
+def forged(path: Path, content: bytes, seal=lambda: None):
+    """The file with other content, and a manifest that `seal` makes fit, for a while in which a UserError is right."""
     files = {p: p.read_bytes() for p in path.parent.iterdir() if p.is_file()}
     path.write_bytes(content)
     try:
         seal()
-        yield
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(UserError):
+            yield
     finally:
         for p in [p for p in path.parent.iterdir() if p.is_file()]:
             p.unlink()
         for p, was in files.items():
             p.write_bytes(was)
-
-
-@contextlib.contextmanager
-def only_user_errors():
-    """Passes if what is inside succeeds, or raises a UserError, whatever it prints."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(UserError):
-        yield
 
 
 # ---- a run's folder ---------------------------------------------------------------------------------------------------
@@ -134,21 +127,18 @@ def test_a_forged_checkpoint_is_refused_or_works(run, name, draw):
     """Resumed by train.train() as a whole, and loaded for sampling."""
     folder = Path(run.out_dir) / "step_00000002"
     content = draw.draw(other(folder / name))
-    with in_place_of(folder / name, content, seal=lambda: seal(folder)):
-        if name != "training.json":
-            with only_user_errors():
-                model, tokenizer = restore.load_model(str(folder))
-                tokenizer.decode([0, model.cfg.vocab_size - 1])  # every id of the model has a text
-        if name != "tokenizer.json":  # a run takes it from its data
-            with only_user_errors():
-                train.train(run)
+    with forged(folder / name, content, seal=lambda: seal(folder)):
+        model, tokenizer = restore.load_model(str(folder))
+        tokenizer.decode([0, model.cfg.vocab_size - 1])  # every id of the model has a text
+    with forged(folder / name, content, seal=lambda: seal(folder)):
+        train.train(run)
 
 
 @some
 @given(st.data())
 def test_a_forged_manifest_is_refused_or_works(run, draw):
     path = Path(run.out_dir) / "step_00000002" / "manifest.json"
-    with in_place_of(path, draw.draw(other(path))), only_user_errors():
+    with forged(path, draw.draw(other(path))):
         restore.load_model(str(path.parent))
 
 
@@ -161,7 +151,7 @@ def test_a_checkpoint_of_any_size_is_refused_at_once(run, name, bits, odd):
     """Before a model of 2**70 layers is built."""
     folder = Path(run.out_dir) / "step_00000002"
     values = json.loads((folder / "config.json").read_text()) | {name: 2**bits + odd}
-    with in_place_of(folder / "config.json", json.dumps(values).encode(), seal=lambda: seal(folder)), only_user_errors():
+    with forged(folder / "config.json", json.dumps(values).encode(), seal=lambda: seal(folder)):
         restore.load_model(str(folder))
 
 
@@ -183,8 +173,7 @@ def capsule(run, tmp_path_factory) -> Path:
 @settings(some, max_examples=25)
 @given(st.data())
 def test_a_forged_crash_capsule_is_refused_or_runs(capsule, name, draw):
-    content = draw.draw(other(capsule / name))
-    with in_place_of(capsule / name, content, seal=lambda: seal(capsule)), only_user_errors():
+    with forged(capsule / name, draw.draw(other(capsule / name)), seal=lambda: seal(capsule)):
         train.main(["--replay", str(capsule), "--device=cpu"])
 
 
@@ -201,9 +190,8 @@ def dataset(prepared, tmp_path_factory) -> Path:
 @given(st.data())
 def test_a_forged_data_set_is_refused_or_read(dataset, name, draw):
     """Every token that training could read is below the vocabulary's size."""
-    content = draw.draw(other(dataset / name))
     fit = (lambda: seal_data(dataset)) if name.endswith("bin") else (lambda: None)
-    with in_place_of(dataset / name, content, seal=fit), only_user_errors():
+    with forged(dataset / name, draw.draw(other(dataset / name)), seal=fit):
         opened = shards.open_dataset(dataset)
         for split in ("train", "val"):
             batches = data.TrainBatches(opened.split(split), 32, 1, "shuffled")
@@ -226,8 +214,7 @@ def hf(tmp_path_factory) -> Path:
 @settings(some, max_examples=150)
 @given(st.data())
 def test_a_forged_hugging_face_folder_is_refused_or_works(hf, name, draw):
-    content = draw.draw(other(hf / name))
-    with in_place_of(hf / name, content), only_user_errors():
+    with forged(hf / name, draw.draw(other(hf / name))):
         model = pretrained.load_hf_dir(hf)
         model(torch.zeros(1, 1, dtype=torch.int64))
 
@@ -248,19 +235,16 @@ word = st.builds("--{}={}".format, setting | short, typed | short) | st.builds("
 @example(["config"])
 def test_whatever_is_typed_is_understood_or_refused(argv):
     """Except for --help, which prints and exits."""
-    with only_user_errors(), contextlib.suppress(SystemExit):
+    with contextlib.redirect_stdout(None), contextlib.suppress(SystemExit, UserError):
         configurator.load(argv, "")
 
 
 @some
 @given(st.data())
 def test_a_forged_curve_is_refused_or_works(tmp_path_factory, draw):
-    path = ROOT / "config" / "gpt2_124m.curve.json"
-    content = draw.draw(other(path))
-    forged = tmp_path_factory.mktemp("curve") / "x.curve.json"
-    forged.write_bytes(content)
-    with only_user_errors():
-        tracker = curve.Tracker(Config(), "", curve.read(forged))
+    path = shutil.copy(ROOT / "config" / "gpt2_124m.curve.json", tmp_path_factory.mktemp("curve"))
+    with forged(Path(path), draw.draw(other(Path(path)))):
+        tracker = curve.Tracker(Config(), "", curve.read(Path(path)))
         for step in range(1, 5):
             tracker.step(step, 5.0)
             tracker.validated(step, 5.0)

@@ -11,7 +11,6 @@ from configurator import Config
 NUMBERS = dict(nine=9, ten=10, eleven=11, twelve=12)
 
 
-@pytest.mark.usefixtures("own_signals")
 def test_the_library_snippet_runs(root, tiny_run, tmp_path, monkeypatch, capsys):
     """On a data set of milliseconds in place of config/shakespeare.py's; it trains, then continues a prompt."""
     (snippet,) = re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(encoding="utf-8"), re.DOTALL)

@@ -1,13 +1,11 @@
 """tokenizer.py: known ids, round trips, an independent implementation of BPE, and files that cannot be trusted."""
 
-import hashlib
 import json
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import tokenizer
 from base.errors import UserError
 from corpus import bpe
 from tokenizer import BPETokenizer, CharTokenizer, GPT2Tokenizer, from_json
@@ -37,27 +35,6 @@ def test_any_text_survives_the_round_trip(own, text):
     assert own.decode([own.end_of_text]) == "<|endoftext|>"
 
 
-@pytest.fixture(scope="module")
-def other_bpe():
-    """The same BPE by another implementation (the tokenizers package), from the files as OpenAI released them."""
-    tokenizers = pytest.importorskip("tokenizers")
-    GPT2.encode("a")  # fetches the files if need be
-    merges, ranks = (
-        str(tokenizer.cache_dir() / hashlib.sha1(source.url.encode()).hexdigest())
-        for source in (tokenizer.GPT2_MERGES, tokenizer.GPT2_RANKS)
-    )
-    return tokenizers.ByteLevelBPETokenizer(ranks, merges)
-
-
-@given(
-    st.lists(st.sampled_from(["ROMEO", ":", " ", "\n", "  ", "don't", "é", "日本", "🙂", "x1", "123", "\t", "naïve"])).map(
-        "".join
-    )
-)
-def test_ids_equal_those_of_another_implementation(other_bpe, text):
-    assert GPT2.encode(text) == other_bpe.encode(text).ids
-
-
 # ---- characters
 
 any_text = st.text(st.characters(exclude_categories=[]), min_size=1, max_size=50)  # lone surrogates too
@@ -75,15 +52,12 @@ def test_characters_survive_the_round_trip_and_json(text):
     assert again.name == chars.name
 
 
-def test_an_unknown_character_is_named():
-    with pytest.raises(UserError, match="'ž'"):
-        CharTokenizer.train("abc").encode("až")
-
-
 @pytest.mark.parametrize("characters", [[], ["a", "a"], ["ab"], [""]])
-def test_an_alphabet_needs_distinct_single_characters(characters):
+def test_an_alphabet_needs_distinct_single_characters_and_names_an_unknown_one(characters):
     with pytest.raises(UserError, match="distinct single characters"):
         CharTokenizer(characters)
+    with pytest.raises(UserError, match="'ž'"):
+        CharTokenizer.train("abc").encode("až")
 
 
 def test_the_name_tells_alphabets_and_vocabularies_apart():
@@ -124,11 +98,15 @@ bpe_like = st.fixed_dictionaries(
 
 @settings(max_examples=300)
 @given((value | near_miss | bpe_like).map(json.dumps) | st.text())
+@example("[" * 100_000)
+@example("1" * 10_000)
+@example('{"type": ["gpt2"]}')
 def test_untrusted_json_is_refused_or_understood(text):
     """UserError, or a tokenizer that is what the JSON has; never another exception."""
     try:
         read = from_json(text)
-    except UserError:
+    except UserError as e:
+        assert "\n" not in str(e)  # noqa: PT017
         return
     spec = json.loads(text)
     assert spec["type"] == {GPT2Tokenizer: "gpt2", BPETokenizer: "bpe", CharTokenizer: "char"}[type(read)]
@@ -136,9 +114,3 @@ def test_untrusted_json_is_refused_or_understood(text):
     if isinstance(read, BPETokenizer):
         assert [list(merge) for merge in read.merges] == spec["merges"]
         assert read.decode(read.encode("abc <|endoftext|> s")) == "abc <|endoftext|> s"
-
-
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "1" * 10_000, "", "\x00", '{"type": ["gpt2"]}'])
-def test_hostile_json_is_refused(text):
-    with pytest.raises(UserError, match=r"tokenizer\.json"):
-        from_json(text)

@@ -1,12 +1,8 @@
 """train.py: what must not change what is learned does not, and a run that is stopped loses nothing."""
 
-import importlib.util
 import math
 import os
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,8 +21,6 @@ from engine import checkpoint, machine, restore
 from engine.outliers import TrainingStopped
 from engine.run import build
 
-pytestmark = pytest.mark.usefixtures("own_signals")
-
 
 def stepped(cfg: Config, steps: int = 5) -> tuple[list[float], torch.Tensor]:
     """(losses, final weights) of a few steps without the loop around them."""
@@ -41,19 +35,9 @@ def crash() -> None:
 # ---- one step ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_accumulation_equals_one_large_batch(cfg, batch_size):
-    """k micro-batches of b are one of k·b: a loss scaled wrongly by k would show in the gradient clip and the loss."""
-    cfg = replace(cfg, dropout=0.0, learning_rate=1e-3)
-    whole, w = stepped(replace(cfg, batch_size=8))
-    split, v = stepped(replace(cfg, batch_size=batch_size))
-    assert split == pytest.approx(whole, abs=1e-6)
-    torch.testing.assert_close(v, w, rtol=0, atol=1e-5)
-
-
 def test_a_step_is_clip_and_adamw_on_the_mean_gradient(cfg):
-    """The step written out: mean loss of all its tokens, clipped to norm 0.1, AdamW at the schedule's rate."""
-    cfg = replace(cfg, dropout=0.0, grad_clip=0.1, batch_size=8)
+    """The step written out: mean loss of the tokens of both micro-batches, clipped to norm 0.1, AdamW at the scheduled rate."""
+    cfg = replace(cfg, dropout=0.0, grad_clip=0.1, batch_size=4)
     run, other = build(cfg), build(cfg)
     for step in range(3):
         result = train.train_step(run, step)
@@ -73,15 +57,14 @@ def test_a_step_is_clip_and_adamw_on_the_mean_gradient(cfg):
     torch.testing.assert_close(weights(run), weights(other), rtol=0, atol=2e-4)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_gradients_are_clipped_alike_inside_and_outside_of_the_kernel(cfg, dtype):
+def test_gradients_are_clipped_alike_inside_and_outside_of_the_kernel(cfg):
     """The fused AdamW clips while it reads; in float16 a GradScaler has a say in the same step."""
-    cfg = replace(cfg, dropout=0.0, learning_rate=1e-3, dtype=dtype)
+    cfg = replace(cfg, dropout=0.0, learning_rate=1e-3, dtype="float16")
     fused, looped, unclipped = (
         stepped(replace(cfg, fused_adamw=fused, grad_clip=clip)) for fused, clip in ((True, 0.05), (False, 0.05), (True, 0.0))
     )
     assert fused[0] == pytest.approx(looped[0], rel=1e-3)
-    torch.testing.assert_close(fused[1], looped[1], rtol=0, atol=1e-5 if dtype == "float32" else 2e-4)
+    torch.testing.assert_close(fused[1], looped[1], rtol=0, atol=2e-4)
     assert not torch.equal(fused[1], unclipped[1])
 
 
@@ -154,31 +137,6 @@ def test_a_float16_overflow_is_left_out_and_the_log_stays_json(cfg, monkeypatch)
     assert found[-1] < found[0] - 0.2
 
 
-# ---- validation -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("tokens", [1, 31, 500, 10**6])
-def test_validation_is_the_mean_over_the_same_tokens_whatever_the_batch(cfg, tokens):
-    """Against the mean over single targets, each predicted from what its sequence of T holds before it."""
-    found = []
-    for batch_size in (1, 3, 8):
-        run = build(replace(cfg, batch_size=batch_size, tokens_per_step=32 * 24, eval_tokens=tokens))
-        found.append(train.validation(run)["loss"])
-        assert run.model.training  # dropout is back on
-    stream, T = run.dataset.split("val"), cfg.T
-    count = min(tokens, len(stream) - 1)
-    ids = torch.from_numpy(stream.read(0, count + 1))
-    run.model.eval()
-    with torch.no_grad():
-        by_token = [
-            F.cross_entropy(
-                run.model(ids[None, s : min(s + T, count)])[0], ids[s + 1 : min(s + T, count) + 1], reduction="none"
-            )
-            for s in range(0, count, T)
-        ]
-    assert found == pytest.approx([torch.cat(by_token).mean().item()] * 3, rel=1e-6)
-
-
 # ---- the whole run ----------------------------------------------------------------------------------------------------
 
 
@@ -205,7 +163,9 @@ def test_the_log_holds_one_object_per_event(cfg, monkeypatch):
     ("number", "step", "kept"),
     [(signal.SIGTERM, 1, []), (signal.SIGINT, 3, [3, 2]), (signal.SIGTERM, 5, [5, 4, 3]), (None, 3, [2]), (None, 4, [3, 2])],
 )
-def test_a_run_that_is_stopped_or_crashes_ends_as_the_uninterrupted_one(cfg, uninterrupted, interrupt, number, step, kept):
+def test_a_run_that_is_stopped_or_crashes_ends_as_the_uninterrupted_one(
+    cfg, uninterrupted, interrupt, capsys, number, step, kept
+):
     """A signal finishes and saves its step: each is in the log once. The first step, which may compile, is not finished:
     nothing is lost. A crash loses what came after the last checkpoint, at 2, at 3 (the best validation so far) or at 4."""
     interrupt(step, (lambda: os.kill(os.getpid(), number)) if number else crash)
@@ -213,6 +173,8 @@ def test_a_run_that_is_stopped_or_crashes_ends_as_the_uninterrupted_one(cfg, uni
     with pytest.raises(SystemExit if number else RuntimeError) as e:
         train.train(cfg)
     assert not number or e.value.code == 128 + number
+    told = f"stopped by a signal after step {step}; to continue: python train.py {cfg.out_dir}"
+    assert (told in capsys.readouterr().out) == bool(number and kept)
     assert [checkpoint.step_of(c) for c in checkpoint.candidates(Path(cfg.out_dir))] == kept
     train.train(replace(cfg, resume="auto"))
     assert not number or [r["step"] for r in records(cfg) if "loss" in r] == [1, 2, 3, 4, 5, 6]
@@ -229,27 +191,6 @@ def test_the_seed_decides_the_run(cfg, uninterrupted):
     """Else the equalities above would hold for a program that ignores everything."""
     train.train(replace(cfg, seed=2))
     assert not set(losses(cfg).items()) & set(losses(uninterrupted).items())
-
-
-@pytest.mark.slow
-def test_a_real_process_is_stopped_by_ctrl_c(cfg, root):
-    """Sent from outside at any moment: saved, exit status 130, and what is saved is the last step that was logged."""
-    cfg = replace(cfg, max_steps=10**6)
-    flags = [f"--{name}={value}" for name, value in vars(cfg).items()]
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *flags], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
-    )
-    log = Path(cfg.out_dir) / "log.jsonl"
-    deadline = time.monotonic() + 60
-    while not (log.is_file() and '"step": 5' in log.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert err == ""
-    last = max(losses(cfg))
-    assert f"stopped by a signal after step {last}; to continue: python train.py" in out
-    assert restore.newest(Path(cfg.out_dir)).name == f"step_{last:08d}"
 
 
 # ---- ends and restarts ------------------------------------------------------------------------------------------------
@@ -319,8 +260,8 @@ def test_it_trains_without_the_optional_packages(run_script, tiny_flags, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
 def test_wandb_offline_writes_a_run(run_script, tiny_flags, tmp_path):
+    pytest.importorskip("wandb")
     done = run_script("train.py", *tiny_flags, f"--out_dir={tmp_path}/run", "--wandb=offline")
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.rglob("*.wandb"))

@@ -13,7 +13,7 @@ from base.files import sha256_of
 from configurator import Config
 from engine import checkpoint, restore
 from model import GPT
-from tokenizer import CharTokenizer
+from tokenizer import CharTokenizer, Tokenizer
 
 CPU = torch.device("cpu")
 EXTRA = {  # what train.py adds to training.json
@@ -29,8 +29,6 @@ FILES = ["config.json", "model.safetensors", "tokenizer.json", "training.json", 
 
 @dataclass
 class Trained:
-    """A model two steps into its training."""
-
     cfg: Config
     model: GPT
     optimizer: torch.optim.AdamW
@@ -62,6 +60,13 @@ def make(shape, seed: int = 0, steps: int = 2) -> Trained:
         optimizer.step()
         optimizer.zero_grad()
     return Trained(cfg, model, optimizer, CharTokenizer([chr(65 + i) for i in range(cfg.vocab_size)]))
+
+
+def save_run(folder: Path, model: GPT, tokenizer: Tokenizer, extra: dict | None = None) -> None:
+    """A model as the only checkpoint of a run. extra: what training.json has besides."""
+    cfg = Config(**vars(model.cfg), tokens_per_step=model.cfg.block_size)
+    tensors = checkpoint.state_tensors(model, torch.optim.AdamW(model.parameters()))
+    checkpoint.save(folder, checkpoint.Snapshot(1, *tensors, [torch.get_rng_state()], cfg, tokenizer, extra or {}), keep=1)
 
 
 def edit_manifest(folder: Path, change: Callable[[dict], None]) -> None:
