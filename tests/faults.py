@@ -37,7 +37,7 @@ from base.files import ROOT, write_atomically
 from engine import machine
 
 # what CI does at every change: one of saves, files, kills, signals, numbers, ranks, data, settings and machine each
-QUICK = ("F01", "F05", "F06", "F11", "F13", "F18", "F22", "F26", "F29", "F31", "F33")
+QUICK = ("F01", "F05", "F06", "F11", "F12", "F13", "F18", "F22", "F26", "F29", "F31", "F33")
 MATRIX = {
     f"{dtype}, {'compiled' if compile else 'eager'}, {ranks} process(es)": dict(dtype=dtype, compile=compile, processes=ranks)
     for dtype, compile, ranks in itertools.product(("float32", "bfloat16"), (False, True), (1, 2))

@@ -1,6 +1,7 @@
 """A model two steps into its training, and its checkpoints, for the tests that read, write, damage and forge them."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,13 @@ def seal(folder: Path) -> None:
     files = [p for p in folder.iterdir() if p.name != "manifest.json"]
     entries = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in files}
     edit_manifest(folder, lambda values: values.update(files=entries))
+
+
+class Bomb(str):
+    """A path. Whoever unpickles it makes that folder."""
+
+    def __reduce__(self):
+        return os.mkdir, (str(self),)
 
 
 def randomised(cfg, seed: int = 0) -> GPT:

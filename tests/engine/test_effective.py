@@ -23,7 +23,7 @@ from base import settings
 from base.errors import UserError
 from configurator import Config
 from engine import machine, parallel
-from engine.effective import effective, mismatches
+from engine.effective import _Spy, effective, mismatches
 from engine.run import Run, build
 
 pytestmark = pytest.mark.usefixtures("own_signals", "as_before")
@@ -46,10 +46,8 @@ def as_before():
 
 
 @pytest.fixture
-def cfg(tiny_run, tmp_path) -> Config:
-    """The tiny run with every toggle named, and in its plain form."""
-    plain = dict(attention="naive", vocab_multiple=1, fp32_precision="ieee", fused_adamw=False, prefetch=False)
-    return Config(**tiny_run | plain, out_dir=str(tmp_path / "run"))
+def cfg(plain) -> Config:
+    return plain
 
 
 def stepped(cfg: Config, steps: int = 1) -> Run:
@@ -71,81 +69,53 @@ def checked(cfg: Config) -> tuple[Run, dict]:
     return run, on
 
 
-TOGGLES = [
-    *({"dtype": v} for v in ("float32", "bfloat16", "float16")),
-    *({"attention": v} for v in ("naive", "blocked", "sdpa")),
-    *({"fused_adamw": v} for v in (False, True)),
-    *({"prefetch": v} for v in (False, True)),
-    *({"tie_weights": v} for v in (False, True)),
-    {"device": "cpu"},
-    {"fp32_precision": "ieee"},
-    {"reuse_memory": False},
-    {"compile": False},
-    {"processes": 1},
-    *({"deterministic": v} for v in (False, True)),
-    {"parallel": "ddp"},
-]
+TOGGLES = dict(dtype=machine.DTYPES, attention=("naive", "blocked", "sdpa"))
+TOGGLES |= dict.fromkeys(("fused_adamw", "prefetch", "tie_weights", "deterministic"), (False, True))
 
 
-@pytest.mark.parametrize("change", TOGGLES, ids=lambda c: " ".join(f"{k}={v}" for k, v in c.items()))
-def test_a_toggle_that_is_on_is_seen_to_be_on(cfg, change):
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in TOGGLES.items() for value in values])
+def test_a_toggle_that_is_on_is_seen_to_be_on(cfg, name, value):
     """Each by itself, and with everything else that a CPU has turned on."""
-    ((field, value),) = change.items()
     fast = dict(attention="sdpa", vocab_multiple=64, dtype="bfloat16", fused_adamw=True, prefetch=True)
     for others in ({}, fast):
-        _, on = checked(replace(cfg, **others | change))
-        assert on[field] == value
+        _, on = checked(replace(cfg, **others | {name: value}))
+        assert on[name] == value
 
 
-@pytest.mark.parametrize(("batch_size", "micro_batch", "accumulation"), [(1, 1, 8), (3, 2, 4), (99, 8, 1)])
-def test_the_micro_batch_is_what_forward_sees(cfg, batch_size, micro_batch, accumulation):
+@pytest.mark.parametrize(("batch_size", "parts"), [(1, [1] * 8), (3, [2] * 4), (99, [8])])
+def test_the_micro_batch_is_what_forward_sees(cfg, batch_size, parts):
     run, on = checked(replace(cfg, batch_size=batch_size))
-    assert (on["micro_batch"], on["accumulation"]) == (micro_batch, accumulation)
+    assert [on["micro_batch"]] * on["accumulation"] == parts
     seen = []
     run.model.register_forward_pre_hook(lambda _, args: seen.append(args[0].size(0)))
     train.train_step(run, 1)
-    assert seen == [micro_batch] * accumulation
+    assert seen == parts
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(machine.why_no_compile(CPU) is not None, reason="no C++ compiler here")
 @pytest.mark.parametrize("scope", ["model", "block"])
-def test_compiled_code_is_seen_and_computes_the_same(cfg, scope):
-    """For real, by inductor: losses, also of a validation whose last batch is padded, are those of the eager run. The probe
-    compiles nothing and makes nothing compile again; attention stays what was asked for (inductor has patterns that turn a
-    written-out attention into the fused one).
-    """
-    attention, n_layer, graphs = {"model": ("sdpa", 1, 1), "block": ("naive", 2, 2)}[scope]
-    eager = replace(cfg, attention=attention, n_layer=n_layer, learning_rate=1e-3)
-    run, on = checked(replace(eager, compile=True, compile_scope=scope))
-    assert (on["compile"], on["graph_breaks"]) == (True, 0)
-    assert on["graphs"] == graphs  # the whole; or one for all blocks and one for the head
-    assert not [k for k in counters["inductor"] if "fuse_attention" in k]
-    before = dict(counters["stats"])
-    losses = [train.train_step(run, 1).loss, train.train_step(run, 2).loss]
-    assert dict(counters["stats"]) == before
-    other = stepped(eager)
-    assert losses == pytest.approx([train.train_step(other, 1).loss, train.train_step(other, 2).loss], rel=1e-4)
-    assert train.validation(run)["loss"] == pytest.approx(train.validation(other)["loss"], rel=1e-4)
-
-
-def test_each_run_of_a_process_is_seen_to_be_compiled_by_its_own_graphs(cfg, monkeypatch):
-    """Though it may find an earlier one's code in the compiler's cache: train, then resume, from one program."""
-    eager_backend(monkeypatch)
-    for n_embd in (32, 32, 64):
-        assert checked(replace(cfg, compile=True, n_embd=n_embd))[1]["graphs"] == 1
+def test_what_inductor_compiles_is_seen_and_computes_the_same(cfg, scope):
+    """Also in a validation whose last batch is padded. Attention stays what was asked for: inductor has patterns that turn one
+    that is written out into the fused one."""
+    eager = replace(cfg, n_layer=2, learning_rate=1e-3)
+    found = []
+    for asked in (eager, replace(eager, compile=True, compile_scope=scope)):
+        run, _ = checked(asked)
+        found.append([train.train_step(run, 1).loss, train.train_step(run, 2).loss, train.validation(run)["loss"]])
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
 @pytest.mark.parametrize("scope", ["model", "block"])
-def test_a_second_run_that_falls_back_to_eager_is_found_out(cfg, monkeypatch, scope):
-    """What an earlier run of the process compiled does not count for this one."""
+def test_each_run_of_a_process_is_judged_by_its_own_graphs(cfg, monkeypatch, scope):
+    """Though it may find an earlier one's code in the compiler's cache; and one that falls back to eager is found out."""
     eager_backend(monkeypatch)
     asked = replace(cfg, compile=True, compile_scope=scope)
-    checked(asked)
+    for n_embd in (32, 32, 64):
+        assert checked(replace(asked, n_embd=n_embd))[1]["graphs"] == (1 if scope == "model" else 2)
     with torch.compiler.set_stance("force_eager"):
         run = stepped(asked)
-        wrong = mismatches(run, effective(run))
-    assert [w for w in wrong if w.startswith("compile=")], wrong
+        assert mismatches(run, effective(run))[0].startswith("compile=")
 
 
 def test_every_speed_setting_is_read_back(cfg):
@@ -161,28 +131,15 @@ def test_every_speed_setting_is_read_back(cfg):
     assert [w.partition("=")[0] for w in wrong] == ["device", "tie_weights"]
 
 
-class Kernels(torch.utils._python_dispatch.TorchDispatchMode):
-    """Notes the fused attention kernels of forward passes."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__.strip("_")
-        if "scaled_dot_product" in name and "backward" not in name:
-            self.seen.add(name)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("attention", ["naive", "blocked", "sdpa"])
 def test_the_attention_kernel_is_that_of_a_training_step(cfg, attention, dropout):
     """Not that of a pass without dropout: the CPU's fused kernel has none, and PyTorch falls back without a message."""
     run = stepped(replace(cfg, attention=attention, dropout=dropout))
-    with Kernels() as kernels:
+    with _Spy() as spy:
         train.train_step(run, 1)
-    assert effective(run)["attention_kernel"] == ("+".join(sorted(kernels.seen)) or "separate matmuls")
+    kernels = {name for name in spy.kernels if "backward" not in name}
+    assert effective(run)["attention_kernel"] == ("+".join(sorted(kernels)) or "separate matmuls")
 
 
 # ---- looking changes nothing ----------------------------------------------------------------------------------------------
@@ -224,18 +181,14 @@ def test_looking_changes_nothing(cfg, way, monkeypatch):
         assert equal(bits(run), before)
         assert torch.equal(torch.get_rng_state(), states[0])
         assert (random.getstate(), repr(np.random.get_state())) == states[1:]
-        assert run.model.training
-        assert list(run.pending) == ahead
-        assert dict(counters["stats"]) == stats
-        assert torch.is_grad_enabled()
-        assert not torch.is_autocast_enabled("cpu")
+        assert (list(run.pending), dict(counters["stats"])) == (ahead, stats)
+        assert (run.model.training, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")) == (True, True, False)
         run.optimizer.zero_grad(set_to_none=True)
         later = [train.train_step(run, step) for step in (2, 3)]
-        found.append((later, bits(run), torch.get_rng_state()))
+        found.append((later, bits(run) | {"random": torch.get_rng_state()}))
         run.close()
     assert found[0][0] == found[1][0]
     assert equal(found[0][1], found[1][1])
-    assert torch.equal(found[0][2], found[1][2])
 
 
 # ---- what silently does nothing is found out ------------------------------------------------------------------------------
@@ -255,26 +208,19 @@ def replaced(owner: object, name: str, instead: Callable) -> Callable:
     return sabotage
 
 
-def graph_break(monkeypatch) -> None:
+def mlp_is(forward: Callable) -> Callable:
+    return lambda monkeypatch: monkeypatch.setattr(model.MLP, "forward", forward)
+
+
+def graph_break(monkeypatch, plain=model.MLP.forward) -> None:
     eager_backend(monkeypatch)
-    plain = model.MLP.forward
-
-    def forward(self, x):
-        torch._dynamo.graph_break()
-        return plain(self, x)
-
-    monkeypatch.setattr(model.MLP, "forward", forward)
+    mlp_is(lambda self, x: (torch._dynamo.graph_break(), plain(self, x))[1])(monkeypatch)
 
 
-def half_autocast(monkeypatch) -> None:
-    """One layer leaves autocast: some matmuls are bfloat16 and some are not."""
-    plain = model.MLP.forward
-
-    def forward(self, x):
-        with torch.autocast("cpu", enabled=False):
-            return plain(self, x.float())
-
-    monkeypatch.setattr(model.MLP, "forward", forward)
+def in_float32(self, x: torch.Tensor, plain=model.MLP.forward) -> torch.Tensor:
+    """A layer that leaves autocast: some matmuls are bfloat16 and some are not."""
+    with torch.autocast("cpu", enabled=False):
+        return plain(self, x.float())
 
 
 def malloc_that_lies(monkeypatch) -> None:
@@ -282,14 +228,10 @@ def malloc_that_lies(monkeypatch) -> None:
     monkeypatch.setattr(machine, "reuses_memory", lambda: False)
 
 
-def untied(monkeypatch) -> None:
-    plain = model.GPT.init_weights
-
-    def init_weights(self):
-        plain(self)
-        self.lm_head.weight = nn.Parameter(self.lm_head.weight.detach().clone())
-
-    monkeypatch.setattr(model.GPT, "init_weights", init_weights)
+def untied(plain: Callable, cfg: Config) -> model.GPT:
+    net = plain(cfg)
+    net.lm_head.weight = nn.Parameter(net.lm_head.weight.detach().clone())
+    return net
 
 
 def alone(monkeypatch) -> None:
@@ -302,12 +244,12 @@ def nothing(monkeypatch) -> None:
     """The real machine's doing."""
 
 
-def autocast_is(context: Callable) -> Callable:
-    return lambda monkeypatch: monkeypatch.setattr(Run, "autocast", lambda self: context())
-
-
 def attention_is(name: str, instead: Callable) -> Callable:
     return lambda monkeypatch: monkeypatch.setitem(model.ATTENTION, name, instead)
+
+
+def autocast_is(context: Callable) -> Callable:
+    return replaced(Run, "autocast", lambda plain: context())
 
 
 def fused_is(on: bool) -> Callable:
@@ -333,13 +275,13 @@ SABOTAGE = [
     ("attention", dict(attention="naive"), attention_is("naive", model.sdpa_attention)),
     ("dtype", dict(dtype="bfloat16"), autocast_is(contextlib.nullcontext)),
     ("dtype", dict(dtype="float16"), autocast_is(contextlib.nullcontext)),
-    ("dtype", dict(dtype="bfloat16"), half_autocast),
+    ("dtype", dict(dtype="bfloat16"), mlp_is(in_float32)),
     ("dtype", dict(dtype="float32"), autocast_is(bfloat16)),
     ("fp32_precision", dict(fp32_precision="tf32"), nothing),
     ("fp32_precision", dict(fp32_precision="bf16"), nothing),
     ("reuse_memory", dict(reuse_memory=True), malloc_that_lies),
     ("prefetch", dict(prefetch=True), lambda monkeypatch: monkeypatch.setattr(Run, "next_batch", Run.read)),
-    ("tie_weights", dict(tie_weights=True), untied),
+    ("tie_weights", dict(tie_weights=True), replaced(engine.run, "GPT", untied)),
     ("padded_vocab_size", dict(vocab_multiple=64), unpadded),
     ("processes", dict(), alone),
     ("deterministic", dict(deterministic=True), deterministic_is(False)),

@@ -86,25 +86,27 @@ def test_other_data_is_refused_on_resuming(cfg, tmp_path, text):
         train.train(replace(cfg, resume=True, data_dir=str(tmp_path)))
 
 
-@pytest.mark.parametrize(
-    ("before", "dtype"), [("float32", "float32"), ("float32", "bfloat16"), ("float32", "float16"), ("float16", "float32")]
-)
-def test_a_run_can_resume_in_another_precision(cfg, before, dtype, capsys):
-    train.train(replace(cfg, dtype=before))
-    capsys.readouterr()
-    train.train(replace(cfg, dtype=dtype, resume=True, max_steps=8))
-    assert max(losses(cfg)) == 8
-    assert (f"resuming with dtype = '{dtype}'" in capsys.readouterr().out) == (dtype != before)
+def test_a_run_can_resume_in_another_precision(cfg, capsys):
+    train.train(replace(cfg, dtype="bfloat16"))
+    for number, dtype in enumerate(("float32", "float16", "float32"), 4):
+        train.train(replace(cfg, dtype=dtype, resume=True, max_steps=2 * number))
+        assert max(losses(cfg)) == 2 * number
+        assert f"resuming with dtype = '{dtype}'" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("resume", [True, "auto"])
 def test_what_a_killed_save_left_is_put_right_on_resuming(cfg, resume):
+    """What is half written goes; what was moved aside comes back, unless there is a new one. Nothing else is touched."""
     train.train(replace(cfg, max_steps=3))
     out = Path(cfg.out_dir)
-    shutil.copytree(out / "step_00000003", out / ".writing_step_00000006")
-    shutil.copytree(out / "step_00000003", out / ".replaced_step_00000002")
+    left = (".writing_step_00000006", ".writing_crash_00000003", ".removing_step_00000001")
+    for name in (*left, ".replaced_step_00000002", ".replaced_step_00000003", "crash_00000001"):
+        shutil.copytree(out / "step_00000003", out / name)
+    (out / ".replaced_step_00000003" / "old").touch()
     train.train(replace(cfg, resume=resume, keep_checkpoints=9))
-    assert sorted(p.name for p in out.iterdir() if p.is_dir()) == ["step_00000002", "step_00000003", "step_00000006"]
+    there = ["crash_00000001", "step_00000002", "step_00000003", "step_00000006"]
+    assert sorted(p.name for p in out.iterdir() if p.is_dir()) == there
+    assert not (out / "step_00000003" / "old").exists()
 
 
 # ---- saves that fail --------------------------------------------------------------------------------------------------
@@ -131,7 +133,7 @@ def test_a_save_that_fails_is_a_warning_and_training_continues(cfg, uninterrupte
     output = capsys.readouterr()
     assert re.search(r"WARNING: cannot save .*No space left on device.*; training continues", output.err)
     assert [c.name for c in checkpoint.candidates(Path(cfg.out_dir))] == ["step_00000006", "step_00000002"]
-    assert [r["reason"].count("No space left") for r in events(cfg, "save_failed")] == [1]
+    assert ["No space left" in r["reason"] for r in events(cfg, "save_failed")] == [True]
     saved = events(cfg, "saved")
     assert [r["step_done"] for r in saved] == [2, 6]
     assert all(r["save_ms"] > 0 and f"saved {cfg.out_dir}/step_{r['step_done']:08d} in " in output.out for r in saved)

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import ranks
 import torch
-import torch.distributed as dist
 from runs import equal, merged, state
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -25,7 +24,7 @@ from base import errors
 from base.errors import UserError
 from configurator import Config
 from engine import effective, machine, parallel, restore
-from engine.run import Run, build
+from engine.run import build
 from model import GPT
 from safety import prove
 
@@ -34,28 +33,20 @@ KINDS = ["ddp", "zero1", "fsdp"]
 
 
 @pytest.fixture
-def cfg(tiny_run, tmp_path) -> Config:
-    """The tiny run, without dropout: its 18 characters are no multiple of 4, so shares are uneven."""
-    changes = dict(learning_rate=1e-3, out_dir=str(tmp_path / "run"), fused_adamw=True)
-    return Config(**tiny_run | changes)
+def cfg(uneven) -> Config:
+    return uneven
 
 
 # ---- one training run, however it is shared out -------------------------------------------------------------------------
 
 
-def step_numbers(run: Run, step: int) -> tuple[float, float]:
-    result = train.train_step(run, step)
-    return result.loss, result.grad_norm
-
-
 def learn(cfg: Config, steps: int = 5) -> dict:
-    """A few steps: (loss, gradient norm) of each, what is on after the first, what is wrong, and the state after the last."""
+    """A few steps: (loss, gradient norm) of each, what is on after the last, what is wrong, and the state."""
     run = build(cfg)
-    numbers = [step_numbers(run, 0)]
+    results = [train.train_step(run, step) for step in range(steps)]
     on = effective.effective(run)
     wrong = effective.mismatches(run, on)
-    numbers += [step_numbers(run, step) for step in range(1, steps)]
-    found = dict(numbers=numbers, on=on, wrong=wrong, state=state(run))
+    found = dict(numbers=np.array([(r.loss, r.grad_norm) for r in results]), on=on, wrong=wrong, state=state(run))
     run.close()
     return found
 
@@ -82,8 +73,7 @@ def test_all_kinds_train_what_one_process_trains(cfg, tmp_path, world, variant):
     settings, kinds, near = VARIANTS[variant]
     cfg = replace(cfg, **settings)
     alone = learn(cfg)
-    if variant == "clipped and accumulated":
-        assert all(norm > cfg.grad_clip for _, norm in alone["numbers"])
+    assert (alone["numbers"][:, 1] > 0.05).all()  # so that clipping to that is something
     for kind in kinds:
         found = ranks.run(world, tmp_path / kind, learn, replace(cfg, parallel=kind, processes=world))
         whole = merged([f["state"] for f in found])
@@ -91,8 +81,8 @@ def test_all_kinds_train_what_one_process_trains(cfg, tmp_path, world, variant):
         for f in found:
             assert f["wrong"] == []
             assert (f["on"]["parallel"], f["on"]["processes"]) == (kind, world)
-            assert f["numbers"] == found[0]["numbers"]
-            assert np.array(f["numbers"]) == pytest.approx(np.array(alone["numbers"]), rel=near)
+            assert (f["numbers"] == found[0]["numbers"]).all()
+            assert f["numbers"] == pytest.approx(alone["numbers"], rel=near)
         for name, _ in GPT(cfg).named_parameters() if near == 1e-5 else []:
             torch.testing.assert_close(whole[name], alone["state"][name], rtol=0, atol=1e-5, msg=f"{kind}: {name}")
 
@@ -109,7 +99,7 @@ def test_a_sharded_model_is_compiled_block_by_block(cfg, tmp_path):
     for f in ranks.run(2, tmp_path / "ranks", learn, replace(cfg, parallel="fsdp", compile=True), 3, timeout=120):
         assert f["wrong"] == []
         assert (f["on"]["compile"], f["on"]["compile_scope"]) == (True, "block")
-        assert np.array(f["numbers"]) == pytest.approx(np.array(alone["numbers"]), rel=1e-4)
+        assert f["numbers"] == pytest.approx(alone["numbers"], rel=1e-4)
 
 
 def test_each_process_keeps_its_share_and_no_more(cfg, tmp_path):
@@ -118,32 +108,32 @@ def test_each_process_keeps_its_share_and_no_more(cfg, tmp_path):
     full = 16 * sum(p.numel() for p in GPT(cfg).parameters()) / 2**20
     held = {}
     for kind in KINDS:
-        found = ranks.run(2, tmp_path / kind, learn, replace(cfg, parallel=kind), 1)
-        held[kind] = found[0]["on"]["state_mib"]
-        assert found[1]["on"]["state_mib"] == held[kind]
+        held[kind], other = (f["on"]["state_mib"] for f in ranks.run(2, tmp_path / kind, learn, replace(cfg, parallel=kind), 1))
+        assert other == held[kind]
     assert held["ddp"] == pytest.approx([full] * 2, rel=0.01)
     assert sum(held["zero1"]) == pytest.approx(full * 3 / 2, rel=0.01)
     assert all(full / 2 < h < 0.9 * full for h in held["zero1"])
     assert held["fsdp"] == pytest.approx([full / 2] * 2, rel=0.02)
 
 
-def whole_during(cfg: Config) -> tuple[list[bool], list[bool]]:
-    """(which blocks are whole while the second computes, which after the step)."""
-    run = build(cfg)
-    blocks, during = run.model.transformer.h, []
+def whole_during(cfg: Config) -> list[list[bool]]:
+    """Which blocks are whole while the second computes, and which after the step."""
+    run, found = build(cfg), []
+    blocks = run.model.transformer.h
 
-    def whole() -> list[bool]:
-        return [not isinstance(block.mlp.c_fc.weight, DTensor) for block in blocks]
+    def look(*_) -> None:
+        found.append([not isinstance(block.mlp.c_fc.weight, DTensor) for block in blocks])
 
-    blocks[1].attn.register_forward_hook(lambda *_: during.append(whole()))
+    blocks[1].attn.register_forward_hook(look)
     train.train_step(run, 0)
+    look()
     run.close()
-    return during[0], whole()
+    return found
 
 
 def test_a_sharded_models_blocks_are_whole_one_at_a_time(cfg, tmp_path):
     cfg = replace(cfg, parallel="fsdp", n_layer=3)
-    assert ranks.run(2, tmp_path / "ranks", whole_during, cfg) == [([False, True, False], [False] * 3)] * 2
+    assert ranks.run(2, tmp_path / "ranks", whole_during, cfg) == [[[False, True, False], [False] * 3]] * 2
 
 
 def validate(cfg: Config) -> float:
@@ -190,36 +180,6 @@ def test_sharing_that_does_not_happen_is_found(cfg, tmp_path, kind, how):
 # ---- ranks that disagree -----------------------------------------------------------------------------------------------
 
 
-def disagree(cases: list[list[dict]]) -> list[str]:
-    """What each case raises: the facts of all processes."""
-    world, found = parallel.start(CPU), []
-    for number, facts in enumerate(cases):
-        store = dist.PrefixStore(f"case {number}", world.store)
-        try:
-            parallel.check_same_on_all_ranks(replace(world, store=store), facts[world.rank])
-            found.append("")
-        except UserError as e:
-            found.append(str(e))
-    parallel.stop()
-    return found
-
-
-@pytest.mark.parametrize("agent", [True, False])
-def test_one_that_differs_is_named_by_all(tmp_path, agent):
-    """Whether torchrun's agent keeps the store in which processes meet or, started by other means, the first of them."""
-    usual = dict(seed=1, out_dir="out", flag=True, text="")
-    odd = [(2, dict(seed=2)), (3, dict(more="x")), (1, dict(out_dir=None)), (3, dict(text="ü")), (1, dict(flag=1.5))]
-    cases = [[usual | (change if rank == who else {}) for rank in range(4)] for who, change in [(None, {}), *odd]]
-    messages = ranks.run(4, tmp_path / "ranks", disagree, cases, agent=agent)
-    assert all(m == messages[0] for m in messages)
-    assert messages[0][0] == ""
-    for (who, change), message in zip(odd, messages[0][1:], strict=True):
-        ((name, value),) = change.items()
-        assert f"{name} is {usual.get(name)!r} in process 0 and {value!r} in process {who}" in message
-        assert message.count(" in process 0") == 1
-        assert "\n" not in message
-
-
 def start_unlike(cfgs: list[Config], code: list[str]) -> str:
     """The error of training; a step would be an error of another kind."""
     rank = int(os.environ["RANK"])
@@ -232,23 +192,24 @@ def start_unlike(cfgs: list[Config], code: list[str]) -> str:
     return "nothing"
 
 
-@pytest.mark.parametrize("what", ["beta2", "data", "code"])
-def test_a_run_does_not_begin_unless_all_ranks_agree(cfg, tmp_path, text, what):
+@pytest.mark.parametrize(("what", "who", "agent"), [("beta2", 2, True), ("data", 1, False), ("code", 2, False)])
+def test_a_run_does_not_begin_unless_all_ranks_agree(cfg, tmp_path, text, what, who, agent):
+    """Whether torchrun's agent keeps the store in which processes meet or, started by other means, the first of them."""
     import prepare_data
 
-    cfgs, code = [cfg, cfg], ["1", "1"]
+    cfg = replace(cfg, tokens_per_step=9 * 32)
+    cfgs, code = [cfg] * 3, ["1"] * 3
     if what == "beta2":
-        cfgs[1] = replace(cfg, beta2=0.9)
+        cfgs[who] = replace(cfg, beta2=0.9)
     elif what == "code":
-        code[1] = "2"
+        code[who] = "2"
     else:  # the same path on another machine, with other data in it
-        for rank, content in enumerate((text, text[::-1])):
-            (tmp_path / "tiny.txt").write_text(content)
-            prepare_data.main([str(tmp_path / "tiny.txt"), "--tokenizer=char", f"--data_dir={tmp_path / str(rank)}"])
-        cfgs = [replace(cfg, data_dir=str(tmp_path / str(r))) for r in (0, 1)]
-    messages = ranks.run(2, tmp_path / "ranks", start_unlike, cfgs, code)
-    assert messages[0] == messages[1]
-    assert re.search(rf"ranks disagree.*{what} is .*process 1", messages[0])
+        (tmp_path / "tiny.txt").write_text(text[::-1])
+        prepare_data.main([str(tmp_path / "tiny.txt"), "--tokenizer=char", f"--data_dir={tmp_path}"])
+        cfgs[who] = replace(cfg, data_dir=str(tmp_path))
+    messages = ranks.run(3, tmp_path / "ranks", start_unlike, cfgs, code, agent=agent)
+    assert messages == [messages[0]] * 3
+    assert re.search(rf"ranks disagree: {what} is .* in process 0 and .* in process {who}; start all", messages[0])
     assert "\n" not in messages[0]
     assert not Path(cfg.out_dir).exists()
 
@@ -265,7 +226,6 @@ def flip(parameter: torch.Tensor, place: int, bit: int) -> None:
 def flipping(cfg: Config, flips: list[tuple[str, int, int]]) -> list[list[str]]:
     """What is found before, and after each single flip in process 1, which is then undone."""
     run = build(cfg)
-    train.train_step(run, 0)
     found, by_name = [parallel.different_replicas(run.model)], dict(run.model.named_parameters())
     for name, place, bit in flips:
         for _ in range(2):
@@ -276,12 +236,11 @@ def flipping(cfg: Config, flips: list[tuple[str, int, int]]) -> list[list[str]]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["ddp", "zero1"])
-def test_a_single_flipped_bit_is_found_and_named(cfg, tmp_path, kind):
+def test_a_single_flipped_bit_is_found_and_named(cfg, tmp_path):
     names = [n for n, _ in GPT(cfg).named_parameters()]
     flips = [(name, 7919 * i, (5 * i) % 32) for i, name in enumerate(names)] + [(names[0], i, i) for i in range(32)]
     expected = [[]] + [each for name, _, _ in flips for each in ([f"{name} in process 1"], [])]
-    assert ranks.run(2, tmp_path / "ranks", flipping, replace(cfg, parallel=kind), flips) == [expected] * 2
+    assert ranks.run(2, tmp_path / "ranks", flipping, cfg, flips) == [expected] * 2
 
 
 def flip_in_a_run(cfg: Config) -> None:
@@ -344,22 +303,11 @@ def test_a_rendezvous_that_is_not_there_ends_in_one_line(tmp_path):
         ranks.wait(found, 30)
         (line,) = found[1].stderr.splitlines()
     assert found[1].status == 2
-    assert re.match(
-        r"\[rank 1\] error: process 1 of 2 could not reach the rendezvous at 127\.0\.0\.1:\d+: start all with one", line
-    )
+    message = r"\[rank 1\] error: process 1 of 2 could not reach the rendezvous at 127\.0\.0\.1:\d+: start all with one"
+    assert re.match(message, line)
 
 
 # ---- torchrun itself -----------------------------------------------------------------------------------------------------
-
-
-def torchrun(*args: object, cwd: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", *map(str, args)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
-
-
-def flags(cfg: Config) -> list[str]:
-    return [f"--{name}={value}" for name, value in vars(cfg).items()]
 
 
 @pytest.mark.slow
@@ -372,7 +320,10 @@ def test_two_machines_train_as_one_machine_with_two_processes(cfg, root, tmp_pat
         free.bind(("127.0.0.1", 0))
         endpoint = f"localhost:{free.getsockname()[1]}"
     meet = ("--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", "--rdzv-id=run")
-    agents = [torchrun(*meet, root / "train.py", *flags(cfg), cwd=root) for _ in range(2)]
+    flags = [f"--{name}={value}" for name, value in vars(cfg).items()]
+    command = [sys.executable, "-m", "torch.distributed.run", *meet, str(root / "train.py"), *flags]
+    how = dict(cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"}, encoding="utf-8")
+    agents = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how) for _ in range(2)]
     output = [a.communicate(timeout=90) for a in agents]
     assert [a.returncode for a in agents] == [0, 0], output
     losses = [[float.fromhex(v.split()[0]) for v in prove.trajectory(Path(c.out_dir)).values()] for c in (one, cfg)]
@@ -380,35 +331,3 @@ def test_two_machines_train_as_one_machine_with_two_processes(cfg, root, tmp_pat
     ends = [dict(restore.load_model(c.out_dir)[0].named_parameters()) for c in (one, cfg)]
     for name, p in ends[0].items():
         torch.testing.assert_close(ends[1][name], p, rtol=0, atol=1e-6)
-
-
-DIES = """
-import os, signal, sys
-import train
-from base import errors
-from engine import parallel
-
-plain = train.train_step
-
-def train_step(run, step):
-    if step == 4 and run.world.rank == 1 and parallel.attempt() == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return plain(run, step)
-
-train.train_step = train_step
-errors.entry(train.main)
-"""
-
-
-@pytest.mark.slow
-def test_torchrun_restarts_a_run_whose_process_was_killed(cfg, root, tmp_path):
-    """It resumes from its last checkpoint by itself, and ends bit for bit as if it had not been killed."""
-    cfg = replace(cfg, dropout=0.1, deterministic=True, checkpoint_interval=2)
-    whole = replace(cfg, out_dir=str(tmp_path / "whole"))
-    ranks.run(2, tmp_path / "ranks", train.train, whole)
-    (tmp_path / "dies.py").write_text(f"import sys\nsys.path.insert(0, {str(root)!r})\n{DIES}", encoding="utf-8")
-    run = torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=1", tmp_path / "dies.py", *flags(cfg), cwd=root)
-    out, err = run.communicate(timeout=90)
-    assert run.returncode == 0, err
-    assert out.count("step      6/6 | loss") == 1
-    assert prove.difference(Path(whole.out_dir), Path(cfg.out_dir)) is None

@@ -2,16 +2,15 @@
 
 import os
 import pickle
-import shutil
+import re
 import signal
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 from runs import equal
-from trained import CPU, FILES, Trained, edit_manifest, make, seal
+from trained import CPU, FILES, Bomb, edit_manifest, make, seal
 
 from base.errors import UserError
 from configurator import GPTConfig
@@ -21,40 +20,24 @@ from engine.run import start_from
 from model import GPT
 from tokenizer import CharTokenizer
 
-
-@pytest.fixture
-def trained(tiny) -> Trained:
-    return make(tiny(n_layer=1))
-
-
-@pytest.fixture
-def folder(trained, tmp_path) -> Path:
-    """One checkpoint, of step 10, in a run's folder."""
-    return trained.save(tmp_path / "run", 10)
-
-
 # ---- round trip -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_weights": False}, {"bias": False, "vocab_multiple": 64}], ids=str)
 def test_all_that_training_needs_comes_back_bit_for_bit(tiny, tmp_path, changes):
     """Weights, moments, step counter and random numbers, of another model object than the one saved."""
-    before = make(tiny(**dict(n_layer=1) | changes))
+    before, after = make(tiny(n_layer=1, **changes)), make(tiny(n_layer=1, **changes), seed=1, steps=0)
     folder = before.save(tmp_path, 7)
     drawn = torch.rand(5)  # what comes next in the saved run
-    after = make(tiny(**dict(n_layer=1) | changes), seed=1, steps=0)
-    assert not equal(before.model.state_dict(), after.model.state_dict())
     restore.verify(folder)
-    restore.load_weights(folder, after.model)
-    training = restore.load_training(folder, after.model, after.optimizer, 0, CPU)
-    assert training["step"] == 7
-    assert training["loss"] == 1.5
+    training = after.load(folder)
+    assert torch.equal(torch.rand(5), drawn)
+    assert (training["step"], training["loss"]) == (7, 1.5)
     assert equal(before.model.state_dict(), after.model.state_dict())
     assert {id(p) for g in after.optimizer.param_groups for p in g["params"]} == {id(p) for p in after.model.parameters()}
     moments = [checkpoint.state_tensors(t.model, t.optimizer)[1] for t in (before, after)]
     assert equal(*moments)
     assert len(moments[0]) == 3 * len(list(before.model.parameters()))
-    assert torch.equal(torch.rand(5), drawn)
     assert restore.read_config(folder) == before.cfg
     assert (after.model.lm_head.weight is after.model.transformer.wte.weight) == before.cfg.tie_weights
 
@@ -74,29 +57,24 @@ def test_each_rank_gets_its_own_random_state_back(trained, tmp_path):
 
 
 @pytest.mark.parametrize("name", [*FILES, "manifest.json"])
-@pytest.mark.parametrize("kind", ["missing", "empty", "truncated", "a flipped bit", "longer", "a pickle"])
+@pytest.mark.parametrize("kind", ["missing", "empty", "truncated", "a flipped bit", "longer"])
 def test_damage_to_any_file_is_refused_by_name(folder, name, kind):
     path = folder / name
-    content = bytearray(path.read_bytes())
-    half = len(content) // 2
-    if kind == "a flipped bit":
-        if name == "manifest.json":  # in a digest: elsewhere it may be a number's last digit, or a space
-            half = content.index(b"sha256") + 20
-        content[half] ^= 1
-    changed = {"truncated": content[:half], "longer": content + b" ", "a pickle": pickle.dumps([1]), "empty": b""}
-    if kind == "longer" and name == "manifest.json":
-        changed["longer"] = content + b"}"
+    content = path.read_bytes()
+    at = (
+        content.index(b"sha256") + 20 if name == "manifest.json" else len(content) // 2
+    )  # a digest: elsewhere it may be a space
+    changed = {"empty": b"", "truncated": content[:at], "longer": content + b"}"}
+    changed["a flipped bit"] = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
     path.unlink()
     if kind != "missing":
-        path.write_bytes(changed.get(kind, content))
-    with pytest.raises(UserError) as e:
-        restore.verify(folder)
-    assert "\n" not in str(e.value)
-    assert str(folder) in str(e.value)
-    if name != "manifest.json":
-        assert name in str(e.value)
-    with pytest.raises(UserError):
+        path.write_bytes(changed[kind])
+    with pytest.raises(UserError, match=re.escape(str(folder if name == "manifest.json" else path))) as e:
         restore.load_model(str(folder))
+    assert "\n" not in str(e.value)
+
+
+NOTHING = {"bytes": 0, "sha256": ""}
 
 
 @pytest.mark.parametrize(
@@ -106,10 +84,11 @@ def test_damage_to_any_file_is_refused_by_name(folder, name, kind):
         (lambda m: m.pop("format"), "no readable manifest"),
         (lambda m: m.update(files=[]), "no readable manifest"),
         (lambda m: m["files"].pop("model.safetensors"), "does not list model.safetensors"),
-        (lambda m: m["files"].update({"../x": {"bytes": 0, "sha256": ""}}), "outside the folder: ../x"),
-        (lambda m: m["files"].update({"/etc/passwd": {"bytes": 0, "sha256": ""}}), "outside the folder"),
-        (lambda m: m["files"].update({"..": {"bytes": 0, "sha256": ""}}), "is missing|outside"),
-        (lambda m: m["files"].update({"a\0b": {"bytes": 0, "sha256": ""}}), "is missing|outside"),
+        (lambda m: m["files"].update({"../x": NOTHING}), "outside the folder: ../x"),
+        (lambda m: m["files"].update({"/etc/passwd": NOTHING}), "outside the folder"),
+        (lambda m: m["files"].update({"..": NOTHING}), "is missing|outside"),
+        (lambda m: m["files"].update({"a\0b": NOTHING}), "is missing|outside"),
+        (lambda m: m["files"].update({"x" * 300: NOTHING}), "x{80} cannot be read .File name too long.$"),
         (lambda m: m["files"]["config.json"].update(bytes=float("inf")), "no readable manifest"),
     ],
 )
@@ -120,7 +99,7 @@ def test_a_forged_manifest_is_refused(folder, change, message):
 
 
 def rewrite(path: Path, change) -> None:
-    """Change the tensors of a safetensors file, and the manifest with it."""
+    """Change the tensors of a safetensors file, and the manifest with it: of another model, or forged."""
     tensors = safetensors.torch.load_file(path)
     change(tensors)
     safetensors.torch.save_file(tensors, path)
@@ -141,13 +120,10 @@ WRONG = {
     [("model.safetensors", "transformer.h.0.mlp.c_fc.weight"), ("training.safetensors", "exp_avg_sq.transformer.ln_f.weight")],
 )
 def test_a_key_that_does_not_fit_is_named(trained, folder, file, key, kind):
-    """In a checkpoint that is consistent in itself: of another model, or forged."""
     change, word = WRONG[kind]
     rewrite(folder / file, lambda t: change(t, key))
-    with pytest.raises(UserError, match=word) as e:
+    with pytest.raises(UserError, match=f"{file}: {key}.*{word}"):
         trained.load(folder)
-    assert key in str(e.value)
-    assert file in str(e.value)
 
 
 def test_a_random_state_that_is_none_is_refused(trained, folder):
@@ -156,47 +132,24 @@ def test_a_random_state_that_is_none_is_refused(trained, folder):
         restore.load_training(folder, trained.model, trained.optimizer, 0, CPU)
 
 
-@pytest.mark.parametrize("content", ['{"batchsize": 3}', '{"n_layer": "1"}', "[]", "{"])
-def test_a_forged_config_is_refused(folder, content):
-    (folder / "config.json").write_text(content)
-    seal(folder)
-    with pytest.raises(UserError, match=r"config\.json"):
-        restore.read_config(folder)
-
-
-class Bomb:
-    """Unpickling it leaves a file behind."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return (os.mkdir, (str(self.path),))
-
-
+@pytest.mark.parametrize(
+    "plant", [torch.save, lambda bomb, path: path.write_bytes(pickle.dumps(bomb))], ids=["torch", "pickle"]
+)
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "training.safetensors"])
-@pytest.mark.parametrize("how", ["pickle", "torch"])
-def test_a_pickle_in_place_of_any_file_is_never_run(trained, folder, tmp_path, name, how):
+def test_a_pickle_in_place_of_any_file_is_never_run(trained, folder, tmp_path, name, plant):
     """Even where the manifest was made to fit it."""
-    bomb = Bomb(tmp_path / "ran")
-    if how == "torch":
-        torch.save(bomb, folder / name)
-    else:
-        (folder / name).write_bytes(pickle.dumps(bomb))
+    plant(Bomb(tmp_path / "ran"), folder / name)
     seal(folder)
-    loads = {trained.load: "safetensors", lambda path: restore.load_model(str(path)): "model config tokenizer"}
-    for load, read in loads.items():
-        if any(part in read.split() for part in name.split(".")):
-            with pytest.raises(UserError, match=name):
-                load(folder)
+    with pytest.raises(UserError, match=name):
+        trained.load(folder) if name.endswith("safetensors") else restore.load_model(str(folder))
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_newest_that_is_whole_is_taken_aloud(trained, folder):
-    newer = trained.save(folder.parent, 20)
-    assert restore.newest(folder.parent) == newer
+def test_the_newest_that_is_whole_is_taken_with_a_warning(trained, folder):
+    newer, said = trained.save(folder.parent, 20), []
+    assert restore.newest(folder.parent, said.append) == newer
     (newer / "model.safetensors").write_bytes(b"")
-    said = []
+    assert not said
     assert restore.newest(folder.parent, said.append) == folder
     assert len(said) == 1
     assert "model.safetensors" in said[0]
@@ -216,12 +169,18 @@ def test_a_file_of_tensors_that_no_manifest_lists_is_refused(trained, folder):
 
 
 def test_a_model_by_name_is_never_a_config_file(tmp_path, monkeypatch):
-    """Only load_named(), which the command line reaches, runs one; start_from() takes init_from from wherever it comes."""
+    """Only load_named(), which the command line reaches, runs one; init_from may come from anywhere."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner").mkdir()
     for place in ("config.py", "owner/x.py"):
         Path(place).write_text("raise ValueError('this file was run')\n")
-    for name in (str(tmp_path / "config.py"), "config.py", "./config.py", "owner/x.py"):
+    for name in (
+        str(tmp_path / "config.py"),
+        "config.py",
+        "./config.py",
+        "owner/x.py",
+        "too long " * 99,
+    ):
         with pytest.raises(UserError, match="is not a run, a checkpoint or a model folder"):
             restore.load_model(name)
         with pytest.raises(UserError, match="is not a run, a checkpoint or a model folder"):
@@ -250,92 +209,48 @@ def ten_seconds():
     signal.alarm(0)
 
 
-def fifo(path: Path) -> None:
-    os.mkfifo(path)
-
-
 def endless(path: Path) -> None:
     path.symlink_to("/dev/zero")
 
 
+READERS = {"config.json": restore.read_config, "tokenizer.json": restore.read_tokenizer, "training.json": restore.read_training}
+
+
 @pytest.mark.usefixtures("ten_seconds")
-@pytest.mark.parametrize("make", [fifo, endless, Path.mkdir])
+@pytest.mark.parametrize("make", [os.mkfifo, endless, Path.mkdir])
 @pytest.mark.parametrize("name", [*FILES, "manifest.json"])
 def test_what_is_not_a_regular_file_is_refused_without_reading_it(folder, name, make):
     (folder / name).unlink()
     make(folder / name)
     with pytest.raises(UserError, match=name):
         restore.load_model(str(folder))
-    readers = {
-        "config.json": restore.read_config,
-        "tokenizer.json": restore.read_tokenizer,
-        "training.json": restore.read_training,
-    }
-    if name in readers:
-        with pytest.raises(UserError, match=name):
-            readers[name](folder)
+    with pytest.raises(UserError, match=name):
+        READERS.get(name, restore.verify)(folder)
 
 
 @pytest.mark.usefixtures("ten_seconds")
-@pytest.mark.parametrize("make", [fifo, endless, Path.mkdir])
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model-00001-of-00001.safetensors"])
+@pytest.mark.parametrize("make", [os.mkfifo, endless, Path.mkdir])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_nor_is_it_read_in_a_folder_of_hugging_face(tiny, tmp_path, name, make):
     save_hf_dir(GPT(tiny()), tmp_path)
-    (tmp_path / ("config.json" if name == "config.json" else "model.safetensors")).unlink()
+    (tmp_path / name).unlink()
     make(tmp_path / name)
-    with pytest.raises(UserError) as e:
+    with pytest.raises(UserError, match=str(tmp_path)):
         restore.load_model(str(tmp_path))
-    assert "\n" not in str(e.value)
 
 
-def test_a_name_that_is_too_long_is_one_line(folder):
-    edit_manifest(folder, lambda m: m["files"].update({"x" * 300: {"bytes": 0, "sha256": ""}}))
-    for name in (str(folder), "y" * 300, "gpt2/" + "y" * 300):
-        with pytest.raises(UserError) as e:
-            restore.load_model(name)
-        assert "\n" not in str(e.value)
-
-
-def test_a_checkpoint_that_is_removed_while_it_is_read_is_no_damage(trained, folder, monkeypatch):
+@pytest.mark.parametrize("name", ["read_manifest", "read_config", "read_tokenizer", "load_weights"])
+def test_a_checkpoint_that_is_removed_while_it_is_read_is_no_damage(trained, folder, monkeypatch, name):
     """A run that still trains saves step 30 and removes step 20 between two reads of another process."""
     trained.save(folder.parent, 20)
-    notes, plain = [], {}
+    notes, plain = [], getattr(restore, name)
 
-    def removing(name: str):
-        plain[name] = getattr(restore, name)
+    def read(where, *args):
+        if where.name == "step_00000020" and where.is_dir():
+            trained.save(folder.parent, 30, keep=1)
+        return plain(where, *args)
 
-        def read(where, *args):
-            if where.name == "step_00000020" and where.is_dir():
-                trained.save(folder.parent, 30, keep=1)
-            return plain[name](where, *args)
-
-        return read
-
-    for name in ("read_manifest", "read_config", "read_tokenizer", "load_weights"):
-        with monkeypatch.context() as patched:
-            patched.setattr(restore, name, removing(name))
-            model, _ = restore.load_model(str(folder.parent), notes.append)
-            assert equal(dict(model.named_parameters()), dict(trained.model.named_parameters()))
-        shutil.rmtree(folder.parent / "step_00000030", ignore_errors=True)
-        trained.save(folder.parent, 20)
+    monkeypatch.setattr(restore, name, read)
+    model, _ = restore.load_model(str(folder.parent), notes.append)
+    assert equal(dict(model.named_parameters()), dict(trained.model.named_parameters()))
     assert not notes
-
-
-def test_the_runs_of_a_folder_are_listed_with_step_and_loss(trained, tmp_path):
-    out, told = tmp_path / "out", []
-    trained.save(out / "old", 10)
-    for step in (10, 20):
-        snapshot = trained.snapshot(step, [checkpoint.rng_states(CPU)])
-        checkpoint.save(out / "new", replace(snapshot, extra=snapshot.extra | {"val_loss": step / 8}), 5)
-    (out / "nothing").mkdir()
-    lines = [f"  {out}/new  step 20, val_loss 2.5000", f"  {out}/old  step 10"]
-    alone = r"train one first \(without --resume\)$"
-    for place, message, expected in (
-        (out, "out is a folder of runs", lines),
-        (out / "missing", "no checkpoint: .* one of the runs", lines),
-        *((place, alone, []) for place in (out / "nothing", tmp_path / "missing", tmp_path / "not" / "there")),
-    ):
-        with pytest.raises(UserError, match=message):
-            restore.newest(place, told.append)
-        assert told == expected
-        told.clear()

@@ -29,10 +29,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def cfg(tiny_run, tmp_path) -> Config:
-    """The tiny run, without dropout: its 18 characters are no multiple of 4, so shares are uneven."""
-    changes = dict(learning_rate=1e-3, out_dir=str(tmp_path / "run"), fused_adamw=True)
-    return Config(**tiny_run | changes)
+def cfg(uneven) -> Config:
+    return uneven
 
 
 # ---- saved by one layout, resumed by another ----------------------------------------------------------------------------
@@ -42,8 +40,7 @@ LAYOUTS = [("ddp", 1), ("zero1", 2), ("fsdp", 2), ("fsdp", 4)]
 
 def save(cfg: Config) -> tuple[dict[str, torch.Tensor], list[float]]:
     """(the state after two steps, which is saved, and the losses of the next two, which run meanwhile)."""
-    run = build(cfg)
-    out = Path(cfg.out_dir)
+    run, out = build(cfg), Path(cfg.out_dir)
     out.mkdir(parents=True, exist_ok=True)
     for step in range(2):
         train.train_step(run, step)
@@ -86,22 +83,18 @@ def test_any_layout_resumes_any_other(cfg, saved, tmp_path, kind, world):
     """Weights, moments and step counters bit for bit; then the same losses, within the rounding of other sums."""
     cfg, folders = replace(cfg, parallel=kind), [out for out, _, _ in saved.values()]
     parts = ranks.run(world, tmp_path / "ranks", resumed, cfg, folders) if world > 1 else [resumed(cfg, folders)]
-    for number, (_, expected, numbers) in enumerate(saved.values()):
-        loaded = merged([p[number][0] for p in parts])
+    for number, (_, expected, losses) in enumerate(saved.values()):
         assert len(expected) == 4 * len(list(GPT(cfg).named_parameters()))
-        assert equal(loaded, expected)
-        for a, b in zip(parts[0][number][1], numbers, strict=True):
-            assert a == pytest.approx(b, rel=1e-5)
+        assert equal(merged([p[number][0] for p in parts]), expected)
+        assert parts[0][number][1] == pytest.approx(losses, rel=1e-5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout_is_a_model_to_sample_from(saved, layout):
     out, expected, _ = saved[layout]
-    model, tokenizer = restore.load_model(str(out))
+    model, _ = restore.load_model(str(out))
     assert equal({n: p.detach() for n, p in model.named_parameters()}, {n: expected[n] for n, _ in model.named_parameters()})
     assert (model.lm_head.weight is model.transformer.wte.weight) == model.cfg.tie_weights
-    assert tokenizer.vocab_size == model.cfg.vocab_size
-    assert model(torch.arange(8)[None]).isfinite().all()
 
 
 @pytest.mark.parametrize("layout", [("zero1", 2), ("fsdp", 4)])
@@ -114,26 +107,21 @@ def test_shares_that_do_not_make_a_whole_are_refused(saved, layout, tmp_path):
     with safetensors.safe_open(share, "pt") as f:
         metadata = f.metadata()
     name = next(n for n in tensors if n.startswith("exp_avg.") and tensors[n].dim() == 2)
-    kind = next(iter(metadata))
+    one, kind = tensors[name].clone(), next(iter(metadata))
 
-    def rewritten(change):
-        changed, described = dict(tensors), dict(metadata)
-        change(changed, described)
-        safetensors.torch.save_file(changed, share, described)
+    def rewritten(tensors: dict, metadata: dict):
+        return lambda: safetensors.torch.save_file(tensors, share, metadata)
 
+    odd_tensors = [{name: one[:-1].clone()}, {name: one.long()}, {"exp_avg.of.nothing": one}]
+    odd_metadata = ["{}", "[" * 9, metadata[kind].replace("0", "1"), metadata[kind].replace("[", "[-7, ")]
     forgeries = [
         share.unlink,
-        lambda: rewritten(lambda t, m: t.pop(name)),
-        lambda: rewritten(lambda t, m: t.update({name: t[name][:-1].clone()})),
-        lambda: rewritten(lambda t, m: t.update({name: t[name].long()})),
-        lambda: rewritten(lambda t, m: t.update({"exp_avg.of.nothing": t[name].clone()})),
-        lambda: rewritten(lambda t, m: m.clear()),
-        lambda: rewritten(lambda t, m: m.update({kind: "{}"})),
-        lambda: rewritten(lambda t, m: m.update({kind: "[" * 9})),
-        lambda: rewritten(lambda t, m: m.update({kind: m[kind].replace("0", "1")})),
-        lambda: rewritten(lambda t, m: m.update({kind: m[kind].replace("[", "[-7, ")})),
         lambda: share.write_bytes(pickle.dumps(tensors)),
         lambda: share.write_bytes(first.read_bytes()),
+        rewritten({n: t for n, t in tensors.items() if n != name}, metadata),
+        *(rewritten(tensors | change, metadata) for change in odd_tensors),
+        *(rewritten(tensors, metadata | {kind: text}) for text in odd_metadata),
+        rewritten(tensors, {}),
     ]
     run = build(replace(restore.read_config(place), parallel="ddp"))
 
@@ -150,12 +138,12 @@ def test_shares_that_do_not_make_a_whole_are_refused(saved, layout, tmp_path):
 
     for number, forge in enumerate(forgeries):
         forge()
-        message = ""
+        message = str(place)
         try:
             assert loaded(), f"forgery {number} was taken"  # one that changes nothing may be
         except UserError as e:
             message = str(e)
-        assert not message or str(place) in message or share.name in message
+        assert str(place) in message or share.name in message
         assert "\n" not in message
         share.write_bytes(content)
     assert loaded()

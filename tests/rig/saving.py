@@ -14,7 +14,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from trained import edit_manifest, seal
+from trained import Bomb, edit_manifest, seal
 
 from base.errors import UserError
 from corpus import shards
@@ -131,13 +131,6 @@ def bit_flipped(box: Box) -> str:
             box.fails(box.sample(folder), str(folder) if path.name == "manifest.json" else path.name)
             box.fails(box.train(out, resume=True), "none of its 1 checkpoint(s) is usable")
     return "100 of 100 refused, and by train.py --resume and sample.py"
-
-
-class Bomb(str):
-    """A path. Whoever unpickles it makes that folder."""
-
-    def __reduce__(self):
-        return os.mkdir, (str(self),)
 
 
 @fault("F06", "a malicious pickle as weights, moments, tokenizer, config, shard, Hugging Face weights", "refused, nothing run")
