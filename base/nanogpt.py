@@ -25,11 +25,6 @@ SAME += ["dropout", "bias", "learning_rate", "weight_decay", "beta1", "beta2", "
 SAME += ["wandb_project"]
 
 
-def hint(name: str) -> str:
-    """What to say about a name that nanoGPT has and this program has not; empty if nanoGPT has not either."""
-    return f"nanoGPT's {name} is {NAMES[name]}" if name in NAMES and name != "init_from" else ""
-
-
 def looks_like(values: dict[str, Any]) -> bool:
     """Whether the names that a Python file has set are those of a config of nanoGPT's."""
     return len(values.keys() & (NAMES.keys() | set(SAME))) >= 3

@@ -4,6 +4,7 @@ A field's meaning is the string below it in the source. One checker serves flags
 """
 
 import ast
+import contextlib
 import inspect
 import itertools
 import json
@@ -64,10 +65,6 @@ def _allowed(hint: Any) -> str:
 # ---- the command line -------------------------------------------------------------------------------------------------
 
 
-def _is_flag(hint: Any) -> bool:
-    return bool in _kinds(hint)
-
-
 def split_positional(default: Any, argv: list[str]) -> tuple[list[str], list[str]]:
     """argv -> (arguments that are no flag, flags with their values), in whatever order they were given."""
     hints, positional, found = get_type_hints(type(default)), [], []
@@ -78,8 +75,8 @@ def split_positional(default: Any, argv: list[str]) -> tuple[list[str], list[str
             continue
         found.append(token)
         hint = hints.get(token[2:].replace("-", "_"))  # None if it has its value after a "=", or is unknown
-        if hint is not None and not _is_flag(hint):
-            found += [value for value in [next(tokens, None)] if value is not None]
+        if hint is not None and bool not in _kinds(hint):
+            found += itertools.islice(tokens, 1)
     return positional, found
 
 
@@ -102,7 +99,7 @@ def parse(default: Settings, argv: list[str], description: str) -> Settings:
         if name not in hints:
             raise UserError(f"--{name} is not a setting: {meant(name, list(hints))}")
         if not equals:
-            text = "True" if _is_flag(hints[name]) else next(tokens, None)
+            text = "True" if bool in _kinds(hints[name]) else next(tokens, None)
         if text is None:
             raise UserError(f"--{name} needs a value: use --{name}=…, {_allowed(hints[name])}")
         values[name] = _value(name, text, hints[name])
@@ -111,7 +108,9 @@ def parse(default: Settings, argv: list[str], description: str) -> Settings:
 
 def meant(name: str, known: list[str]) -> str:
     """What to use instead of a name that is no setting: nanoGPT's names are known, others may be near one of ours."""
-    return nanogpt.hint(name) or near_name(name, known)
+    if name in nanogpt.NAMES and name != "init_from":
+        return f"nanoGPT's {name} is {nanogpt.NAMES[name]}"
+    return near_name(name, known)
 
 
 def _value(name: str, text: str, hint: Any) -> Any:
@@ -124,18 +123,14 @@ def _value(name: str, text: str, hint: Any) -> Any:
         if kind is str:
             return text
         if kind in (int, float):
-            try:
+            with contextlib.suppress(ValueError):
                 return int(text)
-            except ValueError:
-                pass
-            try:
+            with contextlib.suppress(ValueError):
                 number = float(text)
-            except ValueError:
-                continue
-            if kind is float and math.isfinite(number):
-                return number
-            if kind is int and number.is_integer():
-                return int(number)
+                if kind is int and number.is_integer():
+                    return int(number)
+                if kind is float and math.isfinite(number):
+                    return number
     raise UserError(f"{name}={text!r} is not allowed: {name} is {_allowed(hint)}")
 
 

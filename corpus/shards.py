@@ -131,8 +131,7 @@ def open_dataset(folder: Path) -> Dataset:
         manifest = json.loads(raw)
         tokenizer = from_json(read_text(folder / "tokenizer.json"))
         version = manifest["version"]
-        files = {split: [str(e["file"]) for e in entries] for split, entries in manifest["splits"].items()}
-        digests = {str(e["file"]): str(e["sha256"]) for entries in manifest["splits"].values() for e in entries}
+        files = {split: {str(e["file"]): e["sha256"] for e in entries} for split, entries in manifest["splits"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as e:
         raise UserError(f"{folder} is damaged ({type(e).__name__}: {e}): {AGAIN}") from None
     for split in ("train", "val"):
@@ -143,8 +142,7 @@ def open_dataset(folder: Path) -> Dataset:
     if version != VERSION:
         raise UserError(f"{folder}/{MANIFEST} has version {version!r}, this program reads {VERSION}: {AGAIN}")
     splits = {split: [read_shard(folder / f, tokenizer) for f in names] for split, names in files.items()}
-    for name, digest in digests.items():
-        path = folder / name
+    for path, digest in ((folder / f, digest) for names in files.values() for f, digest in names.items()):
         if path.stat().st_size <= CHECKED_AT_START and sha256_of(path) != digest:
             raise UserError(f"{path} is damaged: its sha256 is not the manifest's: {AGAIN}")
     tokenizer.start = start_of(tokenizer, splits["train"])

@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from base import errors
 from base.download import Source
 from base.errors import UserError
@@ -178,15 +176,12 @@ def text_parts(paths: list[Path], val_fraction: float) -> list[Part]:
 
 
 def byte_of(path: Path, begin: int, count: int) -> int:
-    """The byte of a UTF-8 file at which, counted from `begin`, character number `count` begins; its end if it has no more."""
-    with open(path, "rb") as f:
-        f.seek(begin)
-        while chunk := f.read(READ_AT_ONCE):
-            starts = np.frombuffer(chunk, dtype=np.int8) >= -64  # inside a character are bytes 0x80 to 0xbf, -128 to -65
-            if (there := np.count_nonzero(starts)) > count:
-                return begin + int(np.flatnonzero(starts)[count])
-            begin, count = begin + len(chunk), count - there
-    return begin
+    """The byte of a UTF-8 file at which, counted from `begin`, character number `count` begins."""
+    for text in decoded(path, begin):
+        if len(text) >= count:
+            break
+        begin, count = begin + len(text.encode()), count - len(text)
+    return begin + len(text[:count].encode())
 
 
 def mentions(path: Path, what: str) -> bool:
@@ -199,16 +194,22 @@ def mentions(path: Path, what: str) -> bool:
 
 
 @dataclass(frozen=True)
-class SeparatedPart:
-    """A text file of documents with a separator between them, and line breaks around it. Its place is a byte of the file."""
+class FilePart:
+    """A file of documents whose number decides their split."""
 
     path: Path
-    separator: str
-    split: str = ""
+    split = ""
 
     @property
     def size(self) -> int:
         return self.path.stat().st_size
+
+
+@dataclass(frozen=True)
+class SeparatedPart(FilePart):
+    """A text file of documents with a separator between them, and line breaks around it. Its place is a byte of the file."""
+
+    separator: str
 
     def read(self, place: int | None = None) -> Iterator[tuple[Pieces, int]]:
         at = byte_order_mark(self.path) if place is None else place
@@ -237,16 +238,10 @@ def column_of(row: Any, column: str, where: str) -> str:
 
 
 @dataclass(frozen=True)
-class JsonPart:
+class JsonPart(FilePart):
     """A file with one JSON object a line. Its place is [byte, line]."""
 
-    path: Path
     column: str
-    split: str = ""
-
-    @property
-    def size(self) -> int:
-        return self.path.stat().st_size
 
     def read(self, place: list[int] | None = None) -> Iterator[tuple[Pieces, list[int]]]:
         at, line = place or (0, 0)
@@ -267,12 +262,10 @@ class JsonPart:
 
 
 @dataclass(frozen=True)
-class ParquetPart:
+class ParquetPart(FilePart):
     """A Parquet file. Its place is [row group, rows of it]."""
 
-    path: Path
     column: str
-    split: str = ""
 
     def open(self):
         try:

@@ -21,7 +21,7 @@ def draw_run(run: Path) -> list[str]:
     records, damaged = read_log(run)
     if not any("loss" in r or "val_loss" in r for r in records):
         return [f"{run}/log.jsonl holds no loss yet"]
-    plots.plot_curves(records, run.resolve().name, run / "curves.png")
+    plots.plot_log(records, run.resolve().name).savefig(run / "curves.png", metadata={"Software": None})
     print(f"wrote {run / 'curves.png'}" + (f" ({damaged} damaged line(s) of log.jsonl left out)" if damaged else ""))
     return []
 

@@ -17,11 +17,10 @@ def verify_table(result: dict, words: list[str] | None = None) -> list[Block]:
     def number(e: float | None) -> str:
         return "not finite" if e is None else f"{e:.1e}"
 
-    rows = [
-        [r["check"], r["against"], r["status"].split(":")[0], number(r["tolerance"])]
-        + [number(r["errors"][kind]) if kind in r["errors"] else "" for kind in kinds]
-        for r in chosen
-    ]
+    rows = []
+    for r in chosen:
+        errors = [number(r["errors"][kind]) if kind in r["errors"] else "" for kind in kinds]
+        rows.append([r["check"], r["against"], r["status"].split(":")[0], number(r["tolerance"]), *errors])
     notes = [f"{r['check']}: {r['status'].rstrip('.')}." for r in chosen if r["status"] != "passed"]
     failed, skipped = (sum(r["status"].startswith(how) for r in chosen) for how in ("FAILED", "skipped"))
     counts = f"{len(chosen) - failed - skipped} passed, {failed} FAILED, {skipped} skipped."
@@ -39,16 +38,8 @@ def safety_table(result: dict) -> list[Block]:
         pauses = [p for run in runs for p in run["pause_ms"][1:]]  # the first also allocates the copy
         first = [run["pause_ms"][0] for run in runs]
         slow = [max(run["step_ms"][s] for s in run["after_steps"]) for run in runs]
-        plain = statistics.median(t for run in runs for t in run["step_ms"])
-        took = [t for run in runs for t in run["save_ms"]]
-        rows.append(
-            [
-                name,
-                *(f"{statistics.median(v):,.0f}" for v in (first, pauses, took)),
-                f"{statistics.median(slow):,.0f}",
-                f"{plain:,.0f}",
-            ]
-        )
+        saves, steps = ([t for run in runs for t in run[key]] for key in ("save_ms", "step_ms"))
+        rows.append([name, *(f"{statistics.median(v):,.0f}" for v in (first, pauses, saves, slow, steps))])
     head = ["saving", "first pause ms", "later pauses ms", "whole save ms", "slowest step after ms", "step ms"]
     return [
         Table(head, rows),
@@ -74,24 +65,14 @@ def kills_table(result: dict) -> list[Block]:
 def faults_table(result: dict) -> list[Block]:
     """The scorecard of tests/faults.py, and the matrix of kills and resumptions."""
 
-    def verdict(found: dict) -> str:
-        return "passed" if found["passed"] else "FAILED"
-
     def shown(value: float | None, unit: str = "") -> str:
         return "–" if value is None else f"{value:,}{unit}"
 
-    rows = [
-        [
-            f"{f['id']} {f['title']}",
-            f["expected"],
-            verdict(f),
-            str(f["tries"]),
-            shown(f["seconds_to_detect"], " s"),
-            shown(f["steps_lost"]),
-            shown(f["seconds_to_recover"], " s"),
-        ]
-        for f in result["faults"]
-    ]
+    rows = []
+    for f in result["faults"]:
+        row = [f"{f['id']} {f['title']}", f["expected"], "passed" if f["passed"] else "FAILED", str(f["tries"])]
+        row += [shown(f["seconds_to_detect"], " s"), shown(f["steps_lost"]), shown(f["seconds_to_recover"], " s")]
+        rows.append(row)
     head = ["fault", "passes if", "", "tries", "time to detect", "steps lost", "time to recover"]
     blocks: list[Block] = [Table(head, rows, left=(0, 1, 2))] * bool(rows)
     blocks += [f"{f['id']} FAILED: {f['detail'].rstrip('.')}." for f in result["faults"] if not f["passed"]]
@@ -106,10 +87,8 @@ def faults_table(result: dict) -> list[Block]:
     parts = [f"{n} {what}" for n, what in zip(counts, ("faults", "of the matrix"), strict=True) if not n.endswith("/0")]
     return [
         *blocks,
-        f"{', '.join(parts)} in {result['seconds'] / 60:.0f} minutes "
-        f"({result['cpu_seconds'] / 60:.0f} of CPU time). Times and steps are the worst of all tries, and starting "
-        "Python and torch is part of them. Time to detect: from the fault (a bad file: from the start) until the process that "
-        "reports it has ended. Steps lost: done again after resuming. Time to recover: from starting with --resume until the "
-        "run is where it was. "
-        f"{machine_line(result)}.",
+        f"{', '.join(parts)} in {result['seconds'] / 60:.0f} minutes ({result['cpu_seconds'] / 60:.0f} of CPU time). Times "
+        "and steps are the worst of all tries, and starting Python and torch is part of them. Time to detect: from the fault "
+        "(a bad file: from the start) until the process that reports it has ended. Steps lost: done again after resuming. Time "
+        f"to recover: from starting with --resume until the run is where it was. {machine_line(result)}.",
     ]

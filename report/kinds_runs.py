@@ -11,31 +11,24 @@ from report.stats import Estimate, too_few
 
 def stages_table(result: dict) -> list[Block]:
     """Loss and size of each stage, and the residual stream at initialisation."""
-    rows = [
-        [
-            re.sub(r"^Stage (\d): (.*?)\.( .*)?$", r"\1. \2", e["title"]),
-            f"{e['parameters'] / 1e6:.2f}M",
-            f"{e['losses'][0]:.2f}",
-            f"{e['losses'][-1]:.4f}" if e["losses"][-1] < 0.1 else f"{e['losses'][-1]:.2f}",
-            f"{e['seconds']:.0f} s",
-        ]
-        for e in result["stages"]
-    ]
-    std = result["residual_std"]
+    rows, std = [], result["residual_std"]
+    for e in result["stages"]:
+        title = re.sub(r"^Stage (\d): (.*?)\.( .*)?$", r"\1. \2", e["title"])
+        last = f"{e['losses'][-1]:.4f}" if e["losses"][-1] < 0.1 else f"{e['losses'][-1]:.2f}"
+        rows.append([title, f"{e['parameters'] / 1e6:.2f}M", f"{e['losses'][0]:.2f}", last, f"{e['seconds']:.0f} s"])
+    steps = len(result["stages"][0]["losses"])
     return [
-        Table(
-            ["stage", "parameters", "loss at step 1", f"loss at step {len(result['stages'][0]['losses'])}", "training time"],
-            rows,
-        ),
+        Table(["stage", "parameters", "loss at step 1", f"loss at step {steps}", "training time"], rows),
         f"ln 50257 = {result['ln_vocab_size']:.3f}. Residual stream at init, standard deviation behind the last of "
         f"{len(std['scaled']) - 1} blocks: {std['scaled'][-1]:.3f} with scaled residual projections, {std['unscaled'][-1]:.3f} "
         f"without. {machine_line(result)}.",
     ]
 
 
-def sample_of(result: dict) -> Quote:
-    """The first lines of the text that a run's model wrote."""
-    return Quote("\n".join(result["sample"].strip().splitlines()[:16]))
+def with_sample(result: dict, table: Table) -> list[Block]:
+    """A run's table, and the first lines of the text that its model wrote."""
+    sample = "\n".join(result["sample"].strip().splitlines()[:16])
+    return [table, f"{machine_line(result)}. It wrote:", Quote(sample)]
 
 
 def shakespeare_table(result: dict) -> list[Block]:
@@ -51,7 +44,7 @@ def shakespeare_table(result: dict) -> list[Block]:
         ["sampling 200 tokens", f"{seconds['sample']:.0f} s"],
         ["start to text", f"{seconds['train'] + seconds['sample']:.0f} s"],
     ]
-    return [Table(["make train", ""], rows), f"{machine_line(result)}. It wrote:", sample_of(result)]
+    return with_sample(result, Table(["make train", ""], rows))
 
 
 def run_table(result: dict) -> list[Block]:
@@ -65,7 +58,7 @@ def run_table(result: dict) -> list[Block]:
         ["perplexity", f"{found['perplexity']:.2f}"],
         ["bits per byte", f"{found['bits_per_byte']:.3f}"],
     ]
-    return [Table([result["config"], ""], rows), f"{machine_line(result)}. It wrote:", sample_of(result)]
+    return with_sample(result, Table([result["config"], ""], rows))
 
 
 def without_sample(result: dict, words: list[str]) -> list[Block]:
@@ -95,9 +88,8 @@ def evaluate_table(result: dict) -> list[Block]:
             rows.append([f"HellaSwag {name}", f"{h[name]:.2%} ± {error:.2%}"])
         notes.append(f"HellaSwag: {h['rows']:,} rows, completion style; chance is 25%; ± one standard error over the rows.")
         if h["cut"]:
-            notes.append(
-                f"rows_cut: {h['cut']:,} rows are longer than the model's block and lost the beginning of their context."
-            )
+            cut = "rows are longer than the model's block and lost the beginning of their context"
+            notes.append(f"rows_cut: {h['cut']:,} {cut}.")
     step = "" if result["step"] is None else f", step {result['step']:,}"
     return [
         Table([f"{result['model']}{step}, {result['parameters'] / 1e6:.2f}M parameters", ""], rows),
@@ -120,18 +112,11 @@ def budgets_table(result: dict) -> Table:
     for level in result["fit"]["levels"]:
         runs = [r for r in result["runs"] if r["budget"] == level["budget"]]
         curve, law = level["parabola"], level["law"]
-        rows.append(
-            [
-                f"{level['budget']:.1e}",
-                f"{min(r['N'] for r in runs):,} – {max(r['N'] for r in runs):,}",
-                f"{min(r['D'] for r in runs):,} – {max(r['D'] for r in runs):,}",
-                with_interval(curve["loss"], None, ".3f"),
-                with_interval(curve["N"], curve["N_interval"], ",.0f"),
-                with_interval(curve["ratio"], curve["ratio_interval"], ",.0f"),
-                with_interval(law["N"], law["N_interval"], ",.0f"),
-                with_interval(law["ratio"], law["ratio_interval"], ",.0f"),
-            ]
-        )
+        row = [f"{level['budget']:.1e}"]
+        row += [f"{min(r[size] for r in runs):,} – {max(r[size] for r in runs):,}" for size in "ND"]
+        row.append(with_interval(curve["loss"], None, ".3f"))
+        row += [with_interval(by[k], by[f"{k}_interval"], ",.0f") for by in (curve, law) for k in ("N", "ratio")]
+        rows.append(row)
     head = ["C = 6ND", "sizes N", "tokens D", "least loss, parabola", "its N [95%]", "its D/N [95%]"]
     return Table([*head, "N by the law [95%]", "D/N by the law [95%]"], rows)
 
@@ -157,10 +142,8 @@ def held_out_line(result: dict) -> str:
     held, guess = result["held_out"], result["held_out"]["predicted"]
     predicted = Estimate(guess["loss"], guess["low"], guess["high"])
     times = held["budget"] / result["fit"]["levels"][-1]["budget"]
-    line = (
-        f"Held out: N = {held['N']:,}, D = {held['D']:,}, {times:.3g} times the largest budget. "
-        f"Predicted {predicted.text('{:.4f}'.format)}"
-    )
+    line = f"Held out: N = {held['N']:,}, D = {held['D']:,}, {times:.3g} times the largest budget. Predicted "
+    line += predicted.text("{:.4f}".format)
     if not held["runs"]:
         return f"{line}; not trained yet."
     losses = [r["loss"] for r in held["runs"]]

@@ -27,13 +27,6 @@ def worst_loss(entry: dict, base: dict) -> float:
     return max(map(abs, results.loss_differences(entry, base)))
 
 
-def loss_cell(entry: dict, base: dict) -> str:
-    """The same as text, marked if it is more than rounding."""
-    found = worst_loss(entry, base)
-    allowed = max(LOSS_TOLERANCE[e["requested"]["dtype"]] for e in (entry, base))
-    return f"{found:.1e}" + ("" if found <= allowed else " TOO FAR")
-
-
 def percent(share: float, sign: str = "-") -> str:
     """ "12%", or with sign="+" "+12%"; "0%" rather than "-0%"."""
     text = format(share, f"{sign}.0%")
@@ -65,6 +58,7 @@ def steps_row(result: dict, entry: dict, base: dict) -> list[str]:
     gain = ratio(versus, entry) if is_ladder else ratio(entry, versus)
     flops = tokens_per_s(result, entry) * results.flops_per_token(asked) / results.devices(entry)
     gemm = results.gemm_rate(asked["dtype"], asked["fp32_precision"], ceilings)
+    loss, allowed = worst_loss(entry, base), max(LOSS_TOLERANCE[e["requested"]["dtype"]] for e in (entry, base))
     return [
         results.label(entry, result["kind"]),
         results.transition(entry),
@@ -76,7 +70,7 @@ def steps_row(result: dict, entry: dict, base: dict) -> list[str]:
         f"{entry['memory_gib']:.1f}",
         *([f"{flops / peak:.1%}"] if peak else []),
         f"{flops / gemm:.0%}" if gemm else "n/a",
-        "–" if first else loss_cell(entry, base),
+        "–" if first else f"{loss:.1e}" + " TOO FAR" * (loss > allowed),
     ]
 
 
@@ -149,18 +143,15 @@ def rung_table(result: dict, name: str) -> list[Block]:
 
 def ladder_part(result: dict, words: list[str]) -> list[Block]:
     """`summary`, or one rung by its name."""
-    if words == ["summary"]:
-        return ladder_summary(result)
-    return rung_table(result, " ".join(words))
+    return ladder_summary(result) if words == ["summary"] else rung_table(result, " ".join(words))
 
 
 def sampling_table(result: dict) -> list[Block]:
     """Decoding with and without the cache of keys and values."""
-    speeds = result["tokens_per_s"]
+    speeds, layers = result["tokens_per_s"], result["sizes"]["n_layer"]
     rows = [[how, extent(v).text(ONE_DIGIT)] for how, v in speeds.items()]
     gains = [c / u for c, u in zip(speeds["cached"], speeds["uncached"], strict=True)]
     same = "the same tokens" if result["same_tokens"] else "DIFFERENT TOKENS"
-    layers = result["sizes"]["n_layer"]
     return [
         Table([f"{'124M' if layers == 12 else f'{layers} layers'}, one sequence, float32", "tok/s [min, max]"], rows),
         f"The cache is {extent(gains).text(ONE_DIGIT, '× as fast')}, with {same}: "
@@ -176,22 +167,14 @@ def decode_table(result: dict) -> list[Block]:
         # the weights are read once for all sequences of a batch
         shares = [speed / B * way["bytes_per_token"] / rate for speed, rate in zip(speeds, rates, strict=True)]
         loss = result["validation"].get(way["form"])
-        rows.append(
-            [
-                way["name"],
-                f"{B}",
-                extent(speeds).text(ONE_DIGIT),
-                f"{way['bytes_per_token'] / 1e6:,.0f}",
-                extent(shares).text("{:.0%}".format),
-                *([f"{loss['loss']:.4f}", f"{loss['perplexity']:,.2f}"] if loss else []),
-            ]
-        )
-    copies = [rate for way in result["ways"] for rate in way.get("copy_bytes_per_s", [])]  # in older results
-    rate = (
-        f"the rate of a copy measured before and after ({statistics.median(copies) / 1e9:.1f} GB/s, read and written)"
-        if copies
-        else "the rate of reading as many bytes, measured before and after"
-    )
+        row = [way["name"], f"{B}", extent(speeds).text(ONE_DIGIT), f"{way['bytes_per_token'] / 1e6:,.0f}"]
+        row.append(extent(shares).text("{:.0%}".format))
+        row += [f"{loss['loss']:.4f}", f"{loss['perplexity']:,.2f}"] if loss else []
+        rows.append(row)
+    rate = "the rate of reading as many bytes, measured before and after"
+    if copies := [rate for way in result["ways"] for rate in way.get("copy_bytes_per_s", [])]:  # in older results
+        gb = statistics.median(copies) / 1e9
+        rate = f"the rate of a copy measured before and after ({gb:.1f} GB/s, read and written)"
     rounds = len(result["ways"][0]["tokens_per_s"])
     head = ["decoding", "sequences", "tok/s [min, max]", "MB read per token", "of the floor"]
     head += ["validation loss", "perplexity"] if result["validation"] else []
@@ -235,8 +218,8 @@ def data_table(result: dict) -> list[Block]:
     for runs in result["learnt"]:
         first, times = runs[0], [r["s"] for r in runs]
         own, gpt2 = first["bytes_per_token"]["own"], first["bytes_per_token"]["gpt2"]
-        rows.append([f"{first['merges']:,} merges from {first['text_bytes']:,} bytes", extent(times).text(TIMES)])
-        rows[-1] += [f"{own:.2f}", f"{gpt2:.2f}"]
+        learnt = f"{first['merges']:,} merges from {first['text_bytes']:,} bytes"
+        rows.append([learnt, extent(times).text(TIMES), f"{own:.2f}", f"{gpt2:.2f}"])
     head = ["training a BPE", "seconds [min, max]", "bytes per token, unseen text", "GPT-2's"]
     return [*blocks, Table(head, rows), f"tiktoken {result['tiktoken']}. {machine_line(result)}."]
 
@@ -275,18 +258,13 @@ def why_table(result: dict) -> list[Block]:
     """Where a step goes: each part beside the least it can take here, and what to try next."""
     whole = {"part": "step", "ms": result["step_ms"], "share": 1.0, "floor_ms": result["floor_ms"]}
     whole |= {key: sum(s[key] for s in result["shares"]) for key in ("flops", "bytes")}
-    rows = [
-        [
-            s["part"],
-            f"{s['ms']:,.1f}",
-            f"{s['share']:.1%}",
-            f"{s['floor_ms']:,.1f}",
-            f"{s['ms'] / s['floor_ms']:.1f}×" if s["floor_ms"] else "",
-            f"{s['flops'] / 1e9:,.1f}" if s["flops"] else "",
-            f"{s['bytes'] / 1e6:,.0f}" if s["bytes"] else "",
-        ]
-        for s in [*result["shares"], whole]
-    ]
+    rows = []
+    for s in [*result["shares"], whole]:
+        times = f"{s['ms'] / s['floor_ms']:.1f}×" if s["floor_ms"] else ""
+        row = [s["part"], f"{s['ms']:,.1f}", f"{s['share']:.1%}", f"{s['floor_ms']:,.1f}", times]
+        row.append(f"{s['flops'] / 1e9:,.1f}" if s["flops"] else "")
+        row.append(f"{s['bytes'] / 1e6:,.0f}" if s["bytes"] else "")
+        rows.append(row)
     reads = "read_bytes_per_s" in result.get("ceilings", {})  # older results have the rate of a copy alone
     memory = "the measured rate of reading, of a cache where they fit" if reads else "the measured copy rate"
     return [
@@ -301,9 +279,9 @@ def what_next(result: dict) -> str:
     """The advice of `bench.py why` in one paragraph: the settings that promise at least 1% of the step."""
     step = result["step_ms"]
     times = result["profiled_ms"] / step
-    doubt = (
-        "" if 0.8 < times < 1.25 else f" The profiled step took {times:.2f}× an ordinary one: do not trust it, run it again."
-    )
+    doubt = f" The profiled step took {times:.2f}× an ordinary one: do not trust it, run it again."
+    if 0.8 < times < 1.25:
+        doubt = ""
     advice = [a for a in result["advice"] if a["saves_ms"] >= 0.01 * step]
     if not advice:
         widest = max(result["shares"], key=lambda s: s["ms"] - s["floor_ms"])

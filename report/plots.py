@@ -107,16 +107,29 @@ def plot_losses(result: dict):
     return figure
 
 
-def plot_run(result: dict):
-    """Training and validation loss of a whole run."""
+def plot_curves(training: dict[int, float | None], validation: dict[int, float | None], title: str):
+    """{step: loss} of a whole run; None: it was not finite."""
     figure, axes = pyplot().subplots(figsize=(8, 4), layout="constrained")
-    axes.plot(range(1, len(result["losses"]) + 1), result["losses"], color=COLOURS[0], linewidth=1, label="training")
-    steps = sorted(map(int, result["val_losses"]))
-    values = [result["val_losses"][str(s)] for s in steps]
-    axes.plot(steps, values, color=COLOURS[1], marker="o", markersize=4, label="validation")
-    axes.set(title=result["config"], xlabel="step", ylabel="loss (nats per token)")
+    for losses, how in (
+        (training, dict(label="training", linewidth=1)),
+        (validation, dict(label="validation", marker="o", markersize=4)),
+    ):
+        if points := sorted((step, loss) for step, loss in losses.items() if loss is not None):
+            axes.plot(*zip(*points, strict=True), **how)
+    axes.set(title=title, xlabel="step", ylabel="loss (nats per token)")
     axes.legend(frameon=False)
     return figure
+
+
+def plot_run(result: dict):
+    """Training and validation loss of a measured run."""
+    validation = {int(step): loss for step, loss in result["val_losses"].items()}
+    return plot_curves(dict(enumerate(result["losses"], 1)), validation, result["config"])
+
+
+def plot_log(records: list[dict], title: str):
+    """The same of the records of a run's log. Of a step that was done twice the later one counts."""
+    return plot_curves(*({r["step"]: r[name] for r in records if name in r} for name in ("loss", "val_loss")), title)
 
 
 def plot_residual(result: dict):
@@ -282,24 +295,3 @@ def plots(sources: list[Path], docs: Path) -> list[tuple[Path, Path, Callable, s
 def is_in_step(plot: Path, source: Path) -> bool:
     """Whether a plot was drawn from what its JSON holds now. How it was drawn is not checked."""
     return plot.is_file() and digest(source) in plot.read_text(encoding="utf-8")[:200]
-
-
-def plot_curves(records: list[dict], title: str, path: Path) -> None:
-    """Training and validation loss from the records of a run's log. Of a step that was done twice the later one counts."""
-    curves: dict[str, dict[int, float]] = {"loss": {}, "val_loss": {}}
-    for record in records:
-        for name in curves.keys() & record.keys():
-            curves[name][record["step"]] = record[name]
-    figure, axes = pyplot().subplots(figsize=(8, 4.5), layout="constrained")
-    for name, label, how in (
-        ("loss", "training", dict(linewidth=1)),
-        ("val_loss", "validation", dict(marker="o", markersize=4)),
-    ):
-        points = sorted((step, loss) for step, loss in curves[name].items() if loss is not None)  # None: it was not finite
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, **how)
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
-    axes.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Software": None})
-    pyplot().close(figure)

@@ -14,42 +14,33 @@ from report import documents, plots, results
 HOSTILE = "</td><script>alert(1)</script><img src=x onerror=alert(2)> | [x](javascript:alert(3)) $\\frac$ <!-- end -->"
 
 
-def test_what_was_written_passes_the_check(house, capsys):
-    assert documents.check(house) == []
-    assert documents.write(house) == []
+def test_what_was_written_passes_the_check(house, root, capsys):
+    assert documents.check(house) == documents.write(house) == []
     assert "README" not in capsys.readouterr().out  # nothing was stale
     text = (house / "README.md").read_text(encoding="utf-8")
     assert text.startswith("# title\n")
     assert text.endswith("\nthe end\n")
+    assert documents.check(root) == []  # this repository
 
 
-def test_this_repository_matches_its_results(root):
-    assert documents.check(root) == []
-
-
-def test_links_of_the_documents_lead_somewhere(root):
+def test_links_and_commands_of_the_documents_lead_to_files_that_exist(root):
+    """Of every command that a reader may copy: scripts, modules and config files."""
+    commands = []
     for path in documents.documents(root):
-        for link in re.findall(r"\]\((?!http|#)([^)#]+)", path.read_text(encoding="utf-8")):
+        text = path.read_text(encoding="utf-8")
+        for link in re.findall(r"\]\((?!http|#)([^)#]+)", text):
             assert (path.parent / link).exists(), f"{path}: {link}"
-
-
-def test_commands_of_the_documents_name_files_that_exist(root):
-    """Scripts, modules and config files of every command that a reader may copy."""
-    commands = [
-        (path.name, line.partition("#")[0])
-        for path in documents.documents(root)
-        for line in re.findall(r"^    (?:python|torchrun) .*$|`python [^`]+`", path.read_text(encoding="utf-8"), re.MULTILINE)
-    ]
+        commands += re.findall(r"^    (?:python|torchrun) .*$|`python [^`]+`", text, re.MULTILINE)
     assert len(commands) > 50
-    for name, line in commands:
+    for line in (found.partition("#")[0] for found in commands):
         for found in re.findall(r"(?<= )(?:tests/|config/\S+/|config/)?\w+\.py\b", line):
-            assert found in ("A.py", "B.py") or (root / found).is_file(), f"{name}: {line}"
+            assert found in ("A.py", "B.py") or (root / found).is_file(), line
         for found in re.findall(r"python -m (\w[\w.]*)", line):
-            assert any((root / (found.replace(".", "/") + end)).is_file() for end in (".py", "/__main__.py")), f"{name}: {line}"
+            assert any((root / (found.replace(".", "/") + end)).is_file() for end in (".py", "/__main__.py")), line
 
 
 def test_every_changed_number_of_a_block_is_found(house):
-    """Any digit of any block, in the README and in a rung's page: the line names the document and the JSON."""
+    """The line names the document and the JSON."""
     for path in (house / "README.md", house / "docs" / "ladder" / "r03_compile.md"):
         text = path.read_text(encoding="utf-8")
         spans = [b.span(4) for b in documents.BLOCK.finditer(text)]
@@ -65,7 +56,6 @@ def test_every_changed_number_of_a_block_is_found(house):
 
 @pytest.mark.parametrize("kind", ["ladder", "why", "scale"])
 def test_changed_json_is_found_and_a_missing_plot(house, kind):
-    """In the README, in each plot that is drawn from it, and in the page."""
     path = house / "results" / "a-machine" / f"{kind}.json"
 
     def double(value):
@@ -83,16 +73,6 @@ def test_changed_json_is_found_and_a_missing_plot(house, kind):
         assert f"docs/{name}-a-machine.svg" in wrong
         (house / "docs" / f"{name}-a-machine.svg").unlink()
         assert f"{name}-a-machine.svg" in "".join(documents.check(house))
-
-
-def test_missing_file_is_one_line_that_names_its_command(tmp_path, capsys):
-    (tmp_path / "README.md").write_text(block("ladder.json") + block("ladder.json r00_fp32"), encoding="utf-8")
-    with pytest.raises(SystemExit) as e:
-        command.main(["--check"], tmp_path)
-    assert e.value.code == 1
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "run python bench.py ladder" in error
 
 
 @pytest.mark.parametrize(
@@ -120,7 +100,6 @@ def test_block_that_cannot_be_made_is_an_error_and_stays(house, text, message):
     "content", ['{"kind": "why", ', "[]", "\xff", '{"kind": "why"}', '{"kind": []}', '{"kind": "ladder", "rungs": 3}']
 )
 def test_damaged_result_is_named_without_a_traceback(house, capsys, content):
-    """Not JSON, not an object, not UTF-8, not the shape of its kind."""
     (house / "results" / "a-machine" / "why.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(SystemExit) as e:
         command.main(["--check"], house)
@@ -153,37 +132,33 @@ def test_hostile_names_do_not_become_markup(house):
 # ---- the curves of a run ----------------------------------------------------------------------------------------------
 
 
-def lines_drawn(monkeypatch, folder) -> dict[str, list[tuple]]:
-    """{label: points} of what is drawn of a run."""
-    drawn = {}
-    monkeypatch.setattr(
-        plots.pyplot(),
-        "close",
-        lambda figure: drawn.update({x.get_label(): [*zip(*x.get_data(), strict=True)] for x in figure.axes[0].lines}),
-    )
-    command.main([str(folder)])
-    return drawn
-
-
 def test_curves_of_a_resumed_run_that_was_killed_while_writing(tmp_path, monkeypatch, capsys):
     """Step 2 was done twice: the later record counts. Half a line lies in the middle (resumed behind it) and one at the end."""
     records = ['{"config": {}}', '{"step": 1, "loss": 5.0}', '{"step": 2, "loss": 9.0}', '{"step": 2, "val_loss": 4.5}']
     records += ['{"step": 3, "lo{"event": "resume"}', '{"step": 2, "loss": 4.0}', '{"step": 3, "loss": null}']
     records += ['{"step": 4, "loss": 3.0}', '{"step": 5, "loss": 2.']
     (tmp_path / "log.jsonl").write_text("\n".join(records), encoding="utf-8")
-    drawn = lines_drawn(monkeypatch, tmp_path)
+    figures, plain = [], plots.plot_log
+    monkeypatch.setattr(plots, "plot_log", lambda *of: figures.append(plain(*of)) or figures[0])
+    command.main([str(tmp_path)])
+    drawn = {line.get_label(): [*zip(*line.get_data(), strict=True)] for line in figures[0].axes[0].lines}
     assert drawn == {"training": [(1, 5.0), (2, 4.0), (4, 3.0)], "validation": [(2, 4.5)]}
     assert "2 damaged line(s)" in capsys.readouterr().out
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(("text", "message"), [("", "holds no loss yet"), (None, "use python -m report")])
-def test_a_folder_without_a_loss_is_one_line(tmp_path, capsys, text, message):
-    if text is not None:
-        (tmp_path / "log.jsonl").write_text(text)
-    with pytest.raises(SystemExit) as e:
-        command.main([str(tmp_path)])
-    assert e.value.code == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert message in error
+def test_a_missing_result_and_a_folder_without_a_loss_are_one_line_each(tmp_path, capsys):
+    (tmp_path / "README.md").write_text(block("ladder.json") + block("ladder.json r00_fp32"), encoding="utf-8")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.jsonl").write_text("")
+    for argv, status, message in (
+        (["--check"], 1, "run python bench.py ladder"),
+        ([str(tmp_path / "run")], 2, "holds no loss yet"),
+        ([str(tmp_path)], 2, "use python -m report"),
+    ):
+        with pytest.raises(SystemExit) as e:
+            command.main(argv, tmp_path)
+        assert e.value.code == status
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert message in error
