@@ -101,7 +101,7 @@ def parameters(cfg: GPTConfig) -> tuple[int, int]:
 def activation_bytes(cfg: GPTConfig, T: int) -> int:
     """What forward keeps of a sequence for backward, without logits: eager, bf16 autocast, flash attention, no dropout.
 
-    tests/forecast/test_cluster.py compares it with what torch saves.
+    tests/forecast/test_cluster.py compares it with a step on tensors without contents.
     """
     L, C, H = cfg.n_layer, cfg.n_embd, cfg.n_head
     norm = 4 * C + 8 + 2 * C  # the residual stream it reads, fp32; its mean and 1/σ; what it hands to a matmul, bf16

@@ -97,53 +97,29 @@ class Ledger(TorchDispatchMode):
 
 
 class Fused(TorchFunctionMode):
-    """Replaces operators by ones that allocate and keep what a GPU's kernels, or compiled code, allocate and keep.
-
-    Seen in inductor's code (torch 2.13). What else the compiler fuses changes little: of a block it keeps as many bytes a token
-    as eager code does (36 C + 4 H + 16 in bf16, see docs/many_gpus.md).
+    """Replaces dropout by what a GPU's kernels, or compiled code, keep of it (seen in inductor's code, torch 2.13). What else the
+    compiler fuses changes little: of a block it keeps as many bytes a token as eager code does (docs/many_gpus.md).
     """
 
-    def __init__(self, cfg: Config):
+    def __init__(self, on_gpu: bool):
         super().__init__()
-        self.compiled, self.on_gpu = cfg.compile, cfg.device == "cuda"
+        self.on_gpu = on_gpu
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is F.dropout:
             return one_byte_dropout(*args, **kwargs)
-        if func is F.scaled_dot_product_attention and kwargs["dropout_p"]:
+        if func is F.scaled_dot_product_attention and (p := kwargs["dropout_p"]):
             if self.on_gpu:  # its kernels draw their dropout anew in backward
                 return func(*args, **kwargs | dict(dropout_p=0.0))
-            if self.compiled:  # there is no fused kernel with dropout: separate matmuls, the scores kept in float32
-                q, k, v = args
-                return one_byte_dropout(FusedSoftmax.apply(q @ k.transpose(-2, -1), torch.float32), kwargs["dropout_p"]) @ v
-        if self.compiled and args and isinstance(args[0], Tensor) and args[0].dim() == 4:  # attention scores
-            if func in (Tensor.__truediv__, Tensor.masked_fill):
-                return args[0]
-            if func is F.softmax:
-                return FusedSoftmax.apply(args[0], args[0].dtype)
+            q, k, v = args  # no fused kernel of a CPU has dropout: separate matmuls, the scores kept in float32
+            return one_byte_dropout(F.softmax(q @ k.transpose(-2, -1), -1, dtype=torch.float32).to(v.dtype), p) @ v
         return func(*args, **kwargs)
 
 
 def one_byte_dropout(input: Tensor, p: float, training: bool = True, inplace: bool = False) -> Tensor:
     """The mask has one byte an element; that of the plain CPU operator has the type of its input."""
     return torch.native_dropout(input, p, True)[0] if p and training else input
-
-
-class FusedSoftmax(torch.autograd.Function):
-    """Scale, mask and softmax in one: 32-bit scores are overwritten, 16-bit ones kept (as `kept`) beside the weights."""
-
-    @staticmethod
-    def forward(ctx, scores: Tensor, kept: torch.dtype) -> Tensor:
-        if scores.dtype == torch.float32:
-            ctx.mark_dirty(scores)
-            return scores
-        ctx.save_for_backward(scores.to(kept))
-        return torch.empty_like(scores)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
 
 
 class FusedLoss(torch.autograd.Function):
@@ -221,7 +197,7 @@ def follow(cfg: Config, processes: int, accumulate: Callable[[Run, int], Tensor]
             ledger.logits = (cfg.vocab_size, cfg.padded_vocab_size)
             run = fake_run(cfg, gpt, optimizer, processes)
             ledger.at_peak = dict(ledger.now)
-            with Fused(cfg) if cfg.compile or cfg.device == "cuda" else contextlib.nullcontext():
+            with Fused(cfg.device == "cuda") if cfg.compile or cfg.device == "cuda" else contextlib.nullcontext():
                 accumulate(run, 0)
             late.clear()
             ledger.logits = ()

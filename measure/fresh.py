@@ -24,7 +24,7 @@ def in_fresh_process(cfg: Config, what: str = "measure", **job: Any) -> dict:
         # relative paths are this process's; a script starts in the repository's root
         order = {"what": what, "config": asdict(cfg), "cwd": os.getcwd()} | job
         task.write_text(json.dumps(order), encoding="utf-8")
-        processes = cfg.processes if what in ("measure", "why") else 1
+        processes = 1 if what == "ceilings" else cfg.processes
         alone = {name: value for name, value in os.environ.items() if name not in PLACE}
         how = dict(processes=processes, env=alone, check=False, show=what == "verify")  # which prints its rows
         done = scripts.run("-m measure.worker", task, result, **how)

@@ -232,11 +232,9 @@ def ablated(climbed: list[Rung], skipped: dict[str, str]) -> list[Rung]:
 
 def ablate(sizes: BenchConfig, device: torch.device) -> dict:
     """The top rung, and it with one setting put back at a time."""
-
-    def attempt(sizes: BenchConfig) -> dict:
-        return measure("ablate", sizes, ablated(*climb(load_ladder(), sizes, device)), {}, min_timed=3)
-
-    return with_smaller_batches(sizes, attempt)
+    return with_smaller_batches(
+        sizes, lambda sizes: measure("ablate", sizes, ablated(*climb(load_ladder(), sizes, device)), {}, min_timed=3)
+    )
 
 
 # What may be faster than the top rung on some machine: each alone, in its place. Micro-batches times the top rung's own.

@@ -159,17 +159,6 @@ def measure(path: Path, scratch: Path, processes: int = 0, rounds: int = 5, lear
     return result | until.note(result["rounds"])
 
 
-def ratios(result: dict) -> list[dict]:
-    """Per round: the yardstick's name, and tokens/s of prepare_data.py as a share of it; by wall clock and by CPU seconds."""
-    found = []
-    for timed in result["rounds"]:
-        rates = {clock: {name: t["tokens"] / t[clock] for name, t in timed.items()} for clock in ("s", "cpu_s")}
-        best = {clock: max(CALLS, key=rate.__getitem__) for clock, rate in rates.items()}
-        share = {clock: rate["whole"] / rate[best[clock]] for clock, rate in rates.items()}
-        found.append({"yardstick": best["s"], "tokens_per_s": rates["s"]["whole"], "wall": share["s"], "cpu": share["cpu_s"]})
-    return found
-
-
 if __name__ == "__main__":
     what, *arguments = json.loads(sys.argv[1])
     {"raw": raw, "whole": whole, "learn": learn}[what](*arguments)

@@ -14,6 +14,8 @@ from engine import machine, parallel
 from engine.effective import effective, mismatches
 from engine.run import build
 
+SETTLED, MAX_WARMUP = 0.1, 5  # a step's difference from the one before it that ends the warm-up; steps at most
+
 
 def time_steps(
     do_step: Callable[[int], Any],
@@ -22,15 +24,13 @@ def time_steps(
     *,
     clock: Callable[[], float] = time.perf_counter,
     slowest: Callable[[float], float] = lambda seconds: seconds,
-    settled: float = 0.1,
-    max_warmup: int = 5,
     min_seconds: float = 0.0,
 ) -> tuple[list[float], int]:
     """Run do_step(0), do_step(1), …: (seconds of each step, how many of the first are warm-up).
 
-    do_step must not return before its work is done. Warm-up ends when a step takes within `settled` of the one before it,
-    or after max_warmup steps; the first step, which compiles, never counts. At least `steps` steps run, and at least
-    min_timed and min_seconds after the warm-up.
+    do_step must not return before its work is done. Warm-up ends when a step takes within a tenth of the one before it, or
+    after five steps; the first step, which compiles, never counts. At least `steps` steps run, and at least min_timed and
+    min_seconds after the warm-up.
 
     slowest: the longest time of all processes. How many steps run follows from these times alone, so that all processes run
     equally many: one that stopped by its own clock would leave the others waiting for it.
@@ -42,8 +42,8 @@ def time_steps(
         do_step(len(seconds))
         seconds.append(slowest(clock() - began))
         n = len(seconds)
-        if n == warmup + 1 and n <= max_warmup:  # still warming up: does this step settle it?
-            calm = n >= 3 and abs(seconds[-1] - seconds[-2]) <= settled * seconds[-2]
+        if n == warmup + 1 and n <= MAX_WARMUP:  # still warming up: does this step settle it?
+            calm = n >= 3 and abs(seconds[-1] - seconds[-2]) <= SETTLED * seconds[-2]
             warmup = n - 1 if calm else n
     return seconds, min(warmup, len(seconds) - 1)
 
@@ -89,8 +89,6 @@ def measure_steps(cfg: Config, steps: int, min_timed: int) -> dict:
         "step_s": seconds,
         "losses": losses,
         "memory_gib": memory,
-        "machine": machine.describe(run.device),
-        "peak_flops": machine.peak_flops(run.device),
     }
     run.close()
     return result | ({"error": "; ".join(wrong)} if wrong else {})

@@ -11,7 +11,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,7 @@ from tqdm import tqdm
 
 import sample
 import train
-from base import scripts
-from base.errors import UserError, entry
+from base.errors import UserError
 from configurator import Config
 from engine import pretrained
 from engine.effective import effective, mismatches
@@ -154,12 +153,7 @@ def reference_step(cfg: Config) -> tuple[Found, dict[str, float]]:
     """
     run = build(replace(cfg, device="cpu", reuse_memory=False, processes=0))
     fill(run.model)
-    W = {
-        name: p.detach()[: cfg.vocab_size].double().requires_grad_()
-        if is_vocabulary(name)
-        else p.detach().double().requires_grad_()
-        for name, p in run.model.named_parameters()
-    }
+    W = {name: shared(name, p.detach(), cfg).double().requires_grad_() for name, p in run.model.named_parameters()}
     x, y = whole_step(run)
     logits = reference_logits(W, cfg, x)
     loss = (logits.exp().sum(-1).log() - logits.gather(-1, y[..., None])[..., 0]).mean()
@@ -225,22 +219,19 @@ def take_steps(cfg: Config, mean_squares: dict[str, float], steps: int = 1) -> F
 def steps_in_two_processes(cfg: Config, mean_squares: dict[str, float], steps: int = 1) -> Found:
     """take_steps() under torchrun: what the first process found. RuntimeError if it fails."""
     with tempfile.TemporaryDirectory() as folder:
-        job, result = Path(folder, "job.json"), Path(folder, "result.pt")
-        job.write_text(json.dumps([os.getcwd(), asdict(cfg), mean_squares, steps]), encoding="utf-8")
-        done = scripts.run("-m measure.verify", job, result, processes=2, check=False)
-        if done.returncode:  # no UserError: that would count as "this machine cannot"
-            raise RuntimeError(f"the processes ended with {done.returncode}: {scripts.last_words(done.stderr)}")
-        return Found(**torch.load(result, weights_only=True))
+        found = Path(folder, "found.pt")
+        result = in_fresh_process(cfg, "steps", mean_squares=mean_squares, steps=steps, found=str(found))
+        if "error" in result:  # no UserError: that would count as "this machine cannot"
+            raise RuntimeError(result["error"])
+        return Found(**torch.load(found, weights_only=True))
 
 
-def main(argv: list[str]) -> None:
-    """The whole life of such a process."""
-    job, result = argv
-    folder, cfg, mean_squares, steps = json.loads(Path(job).read_text(encoding="utf-8"))
-    os.chdir(folder)
-    found = take_steps(Config(**cfg), mean_squares, steps)
-    if int(os.environ["RANK"]) == 0:
-        torch.save(vars(found), result)
+def keep_steps(cfg: Config, job: dict) -> dict:
+    """What each of those processes does."""
+    found = take_steps(cfg, job["mean_squares"], job["steps"])
+    if os.environ["RANK"] == "0":
+        torch.save(vars(found), job["found"])
+    return {}
 
 
 # ---- what is to be verified --------------------------------------------------------------------------------------------
@@ -422,7 +413,3 @@ def command(sizes: BenchConfig, device: torch.device) -> dict:
     if "error" in result:
         raise UserError(result["error"])
     return header("verify", sizes) | until.note(result["rows"]) | result
-
-
-if __name__ == "__main__":
-    entry(main)

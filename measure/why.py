@@ -15,7 +15,6 @@ import resource
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -34,7 +33,6 @@ from measure.config import BenchConfig
 from measure.fresh import in_fresh_process
 from measure.ladder import climb, load_ladder, top_rung, unavailable
 from measure.results import header, results_dir
-from model import ATTENTION as ATTENTION_FORMS
 from model import GPT
 from report.results import gemm_rate
 
@@ -292,86 +290,41 @@ def floors(cfg: Config, ceilings: dict, processes: int = 1) -> dict[str, Floor]:
 # ---- what to try next ---------------------------------------------------------------------------------------------------
 
 
-def head_seconds(cfg: Config, device: torch.device, n: int) -> float:
-    """What the output head's three matmuls take for n tokens, tried now."""
-    dtype = machine.DTYPES[cfg.dtype]
-    x, w = (torch.randn(rows, cfg.n_embd, device=device).to(dtype) for rows in (n, cfg.padded_vocab_size))
-    y = x @ w.T
-    return machine.best_seconds(device, lambda: (x @ w.T, y @ w, y.T @ x), repeats=4)
-
-
-def attention_seconds(cfg: Config, device: torch.device, micro_batch: int) -> float:
-    """What cfg's attention takes for one layer of one forward and backward pass, tried now."""
-    shape = (micro_batch, cfg.n_head, cfg.T, cfg.n_embd // cfg.n_head)
-    dtype = machine.DTYPES[cfg.dtype]
-    qkv = [torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(3)]
-    return machine.best_seconds(device, lambda: ATTENTION_FORMS[cfg.attention](*qkv, cfg.dropout).sum().backward(), repeats=4)
+# The parts that a setting of the ladder makes faster, and how.
+FASTER = {
+    "dtype": ((GEMM, ATTENTION, CROSS_ENTROPY), "matmuls at the rate of 16 bits, logits of half the bytes"),
+    "fp32_precision": ((GEMM,), "the same tensors, multiplied at the rate of fewer bits"),
+    "compile": ((ELEMENTWISE, CROSS_ENTROPY), "norms, elementwise operations and loss in fewer passes"),
+    "attention": ((ATTENTION,), "the T x T scores stay in cache, or half of them is left out"),
+    "vocab_multiple": ((GEMM,), "the head's matmuls at an even width"),
+    "fused_adamw": ((OPTIMIZER,), "one pass over parameters, gradients and moments"),
+    "prefetch": ((DATA,), "the data wait disappears behind the computation"),
+}
 
 
 def advise(run: Run, ms: dict[str, float], ceilings: dict, kernel_ms: float) -> list[dict]:
-    """Settings that are off and available here, with a prediction of the milliseconds each saves, the largest first.
-
-    A prediction is measured (a trial of it now, a wait that it hides) or follows from the floors: a setting that moves a floor
-    leaves the part as far above it as it is (times new floor / old floor), and one that fuses operations saves at most what
-    lies above the floor. Predictions overlap: they do not add up. kernel_ms: how long the operating system's kernel worked for
-    the process in a step.
+    """The ladder's settings that are off and available here, the most milliseconds that each can save, the largest first: what
+    its parts take now above their floors with it. These bounds overlap: they do not add up. kernel_ms: how long the operating
+    system's kernel worked for the process in a step.
     """
-    cfg, device = run.cfg, run.device
-    at = floors(cfg, ceilings, run.world.size)
     found = []
-
-    def offer(setting: str, value, saves: Callable[[Config], float], why: str) -> None:
-        new = replace(cfg, **{setting: value})
-        if new == cfg or unavailable(new, device):
-            return
-        if (saved := saves(new)) > 0:
-            found.append({"setting": f"{setting}={value}", "saves_ms": saved, "why": why})
-
-    def moved(*parts: str) -> Callable[[Config], float]:
-        def saves(new: Config) -> float:
-            to = floors(new, ceilings, run.world.size)
-            return sum(ms[p] * (1 - to[p].seconds / at[p].seconds) for p in parts if at[p].seconds)
-
-        return saves
-
-    def casts(new: Config) -> float:
-        return 1e3 * (floors(new, ceilings, run.world.size)[ELEMENTWISE].seconds - at[ELEMENTWISE].seconds)
-
-    def above_floor(*parts: str) -> Callable[[Config], float]:
-        return lambda _: sum(max(0.0, ms[p] - 1e3 * at[p].seconds) for p in parts)
-
-    if cfg.dtype == "float32":
-        why = "matmuls at the rate measured for 16 bits, logits of half the bytes, casts of the weights on top"
-        offer("dtype", machine.best_dtype(device), lambda new: moved(GEMM, ATTENTION, CROSS_ENTROPY)(new) - casts(new), why)
-    if cfg.dtype == "float32" and cfg.fp32_precision == "ieee":
-        # tensor cores round what they read; a CPU rewrites both matrices in 16 bits (read 4, write 2) before each matmul
-        rewriting = 2 * (4 + 2) / (3 * 4) * at[GEMM].bytes / ceilings["copy_bytes_per_s"] if device.type == "cpu" else 0.0
-        rounded = {"cuda": "tf32", "cpu": "bf16"}.get(device.type, "ieee")
-        why = "the same tensors, multiplied at the rate of fewer bits"
-        offer("fp32_precision", rounded, lambda new: moved(GEMM)(new) - 1e3 * rewriting, why)
-    offer("compile", True, above_floor(ELEMENTWISE, CROSS_ENTROPY), "norms, elementwise and loss fused: at most to their floor")
-    offer("fused_adamw", True, above_floor(OPTIMIZER), "one pass over parameters, gradients and moments: at most to its floor")
-    offer(
-        "attention",
-        "sdpa",
-        lambda new: ms[ATTENTION] - 1e3 * cfg.n_layer * run.accumulation * attention_seconds(new, device, run.micro_batch),
-        "the T x T scores stay in cache: one layer of it was tried now",
-    )
-    offer(
-        "reuse_memory",
-        True,
-        lambda _: kernel_ms / torch.get_num_threads(),  # pages are faulted in by the thread that touches them
-        f"the kernel works {kernel_ms:,.0f} ms a step for this process, nearly all of it faulting pages in and out",
-    )
-    if cfg.vocab_multiple == 1:
-        n = run.micro_batch * cfg.T
-        offer(
-            "vocab_multiple",
-            128,
-            lambda new: 1e3 * run.accumulation * (head_seconds(cfg, device, n) - head_seconds(new, device, n)),
-            "the head's matmuls at both widths, tried now",
-        )
-    offer("prefetch", True, lambda _: ms[DATA], "the data wait disappears behind the computation")
+    for rung in load_ladder()[1:]:
+        ((setting, (off, value)),) = rung.changes.items()
+        new = replace(run.cfg, **{setting: value})
+        if getattr(run.cfg, setting) != off or unavailable(new, run.device):
+            continue
+        if (setting == "fp32_precision" and new.dtype != "float32") or (value == "blocked" and run.device.type != "cpu"):
+            continue  # no float32 matmul is left for it to act on; a flash kernel leaves out as much
+        if setting == "reuse_memory":
+            saves = kernel_ms / torch.get_num_threads()  # pages are faulted in by the thread that touches them
+            why = f"the kernel works {kernel_ms:,.0f} ms a step for this process, nearly all of it faulting pages in and out"
+        elif setting in FASTER:
+            parts, why = FASTER[setting]
+            least = floors(new, ceilings, run.world.size)
+            saves = sum(max(0.0, ms[p] - 1e3 * least[p].seconds) for p in parts)
+        else:
+            continue
+        found.append({"setting": f"{setting}={value}", "saves_ms": saves, "why": why})
     return sorted(found, key=lambda a: -a["saves_ms"])
 
 
@@ -402,8 +355,7 @@ class Profile:
     """What ordinary steps and one profiled step of a run showed."""
 
     step_ms: float  # the median of the ordinary ones
-    page_faults: float  # in an ordinary step
-    kernel_ms: float  # the operating system's work in it
+    kernel_ms: float  # the operating system's work in an ordinary one
     trace: Path
 
 
@@ -419,10 +371,9 @@ def profile_step(run: Run, trace_path: Path, warmup: int, timed: int) -> Profile
 
     for _ in range(warmup):
         one_step()
-    before = resource.getrusage(resource.RUSAGE_SELF)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_stime
     step_ms = 1e3 * statistics.median(one_step() for _ in range(timed))
-    after = resource.getrusage(resource.RUSAGE_SELF)
-    faults, kernel_ms = (after.ru_minflt - before.ru_minflt) / timed, 1e3 * (after.ru_stime - before.ru_stime) / timed
+    kernel_ms = 1e3 * (resource.getrusage(resource.RUSAGE_SELF).ru_stime - before) / timed
 
     path = trace_path if run.world.is_main else Path(f"{trace_path}.rank{run.world.rank}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -439,7 +390,7 @@ def profile_step(run: Run, trace_path: Path, warmup: int, timed: int) -> Profile
             with record_function(STEP):
                 one_step()
             profiler.step()
-    return Profile(step_ms, faults, kernel_ms, path)
+    return Profile(step_ms, kernel_ms, path)
 
 
 def why(cfg: Config, ceilings: dict, trace_path: Path, warmup: int = 3, timed: int = 5) -> dict:
@@ -470,7 +421,6 @@ def why(cfg: Config, ceilings: dict, trace_path: Path, warmup: int = 3, timed: i
         "floor_ms": sum(s["floor_ms"] for s in shares),
         "shares": shares,
         "advice": advise(run, ms, ceilings, seen.kernel_ms),
-        "page_faults": seen.page_faults,
         "kernel_ms": seen.kernel_ms,
         "top_events": [[name, us / total_us * seen.step_ms, part] for name, us, part in top[:15]],
         "trace": str(seen.trace),

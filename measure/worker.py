@@ -16,6 +16,7 @@ JOBS: dict[str, Callable[[Config, dict], dict]] = {
     "ceilings": lambda cfg, job: timing.ceilings(cfg),
     "precision": lambda cfg, job: timing.precision(cfg),
     "why": lambda cfg, job: why.why(cfg, job["ceilings"], Path(job["trace"])),
+    "steps": verify.keep_steps,
     "verify": lambda cfg, job: verify.verify(cfg.data_dir, machine.pick_device(cfg.device), job["small"], Path(job["keep"])),
 }
 

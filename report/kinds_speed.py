@@ -290,7 +290,7 @@ def what_next(result: dict) -> str:
     best, *others = advice
     rest = "; then " + ", ".join(f"{a['setting']} ({a['saves_ms']:,.1f} ms)" for a in others) if others else ""
     return (
-        f"Worth trying next: {best['setting']}, predicted to save {best['saves_ms']:,.1f} ms ({step:,.1f} → "
-        f"{step - best['saves_ms']:,.1f}): {best['why']}{rest}. Predictions, each "
+        f"Worth trying next: {best['setting']}, which can save up to {best['saves_ms']:,.1f} ms ({step:,.1f} → "
+        f"{step - best['saves_ms']:,.1f}): {best['why']}{rest}. Upper bounds, each "
         f"for that setting alone: they do not add up.{doubt}"
     )

@@ -1,8 +1,8 @@
-"""forecast.cluster: its formulas against rings that are really gone round, tensors that torch really saves, and dice."""
+"""forecast.cluster: its formulas against rings that are really gone round, what a step really keeps, and dice."""
 
 import json
-import math
 import random
+import re
 from dataclasses import replace
 
 import pytest
@@ -13,7 +13,7 @@ import train
 from base.errors import UserError
 from configurator import Config, GPTConfig
 from forecast import cluster
-from forecast.cluster import ENGINES, GPUS, NAMES, Assumptions, collective, ring, state_bytes, step
+from forecast.cluster import ENGINES, GPUS, NAMES, Assumptions, collective, state_bytes, step
 from forecast.memory import follow
 from model import GPT
 from report import results
@@ -47,16 +47,7 @@ def go_round(data: list[list[float]], rate: float, hop: float) -> float:
     return seconds
 
 
-@pytest.mark.parametrize("n", [1, 2, 5])
-def test_ring_takes_what_going_round_takes(n):
-    data = [[random.Random(r).random() for _ in range(120 * n)] for r in range(n)]
-    total = [sum(column) for column in zip(*data, strict=True)]
-    seconds = go_round(data, rate=1e3, hop=0.5)
-    assert all(mine == pytest.approx(total) for mine in data)
-    assert sum(ring(n, 120 * n, 1e3, 0.5, passes=2)) == pytest.approx(seconds)
-
-
-@pytest.mark.parametrize(("nodes", "local"), [(3, 4), (4, 2)])
+@pytest.mark.parametrize(("nodes", "local"), [(3, 4), (4, 2), (1, 4)])
 def test_collective_by_node_takes_what_its_rings_take(nodes, local):
     """Inside each node, then each GPU's share between the nodes, one after the other. Inside, rings are counted as one."""
     nbytes = 24 * nodes * local
@@ -74,14 +65,6 @@ def test_collective_by_node_takes_what_its_rings_take(nodes, local):
     assert collective(plain, nodes * local, nbytes, 1) == pytest.approx((seconds + between) / 2)
 
 
-@pytest.mark.parametrize("n", [2, 8, 64, 1024])
-def test_better_ways_are_never_slower(n):
-    for nbytes in (4, 1e6, 1e9):
-        plain = collective(PLAIN, n, nbytes, 2)
-        assert collective(A, n, nbytes, 2) <= collective(replace(A, tree=False), n, nbytes, 2) <= plain
-        assert plain <= sum(ring(n, nbytes, *SLOW, 2))  # the textbook's one ring over the slowest link
-
-
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_step_lies_between_its_bounds_and_one_gpu_sends_nothing(engine):
     for size, n in [(size, n) for size in NAMES for n in GPUS]:
@@ -91,11 +74,8 @@ def test_a_step_lies_between_its_bounds_and_one_gpu_sends_nothing(engine):
         assert 0 <= s.exposed <= s.communication * (1 + 1e-12)
         assert s.tokens == s.micro_batch * s.accumulation * n * A.sequence_length
         assert (s.communication == 0) == (n == 1)
-
-
-def test_tokens_are_raised_only_where_a_gpu_would_get_no_equal_share():
-    assert [step(A, "gpt2", "ddp", n, FLOPS).tokens // A.tokens_per_step for n in GPUS] == [1, 1, 1, 2]
-    assert step(replace(A, tokens_per_step=3 * 1024), "gpt2", "ddp", 8, FLOPS).tokens == 8 * 3 * 1024
+    # tokens are raised only where a GPU would get no equal share
+    assert [step(A, "gpt2", engine, n, FLOPS).tokens // A.tokens_per_step for n in GPUS] == [1, 1, 1, 2]
 
 
 def test_public_figures_are_met_as_docs_say():
@@ -105,85 +85,55 @@ def test_public_figures_are_met_as_docs_say():
     assert all(abs(x) < 25 for x in (off[1], off[9]))
 
 
-def test_parameters_are_those_of_the_model():
-    with torch.device("meta"):
-        model = GPT(cluster.shape("gpt2"))
-    assert sum(cluster.parameters(model.cfg)) == sum(p.numel() for p in model.parameters())
-    assert cluster.parameters(model.cfg)[0] == sum(p.numel() for p in model.transformer.h.parameters())
-
-
 @pytest.mark.parametrize("size", NAMES)
-def test_state_falls_with_gpus_from_that_of_ddp(size):
-    cfg = cluster.shape(size)
-    whole = state_bytes(cfg, "ddp", 1)
+def test_state_falls_with_gpus_from_that_of_the_model_under_ddp(size):
+    with torch.device("meta"):
+        model = GPT(cluster.shape(size))
+    cfg, P = model.cfg, sum(p.numel() for p in model.parameters())
+    blocks = sum(p.numel() for p in model.transformer.h.parameters())
+    assert cluster.parameters(cfg) == (blocks, P - blocks)
     for engine in ENGINES:
         sizes = [state_bytes(cfg, engine, n) for n in range(1, 1025)]
-        assert sizes[0] == whole
+        assert 16 * P < sizes[0] < 18 * P
         assert sizes == sorted(sizes, reverse=True)
-    assert state_bytes(cfg, "fsdp", 1024) < state_bytes(cfg, "zero1", 1024) < whole
+    assert state_bytes(cfg, "fsdp", 1024) < state_bytes(cfg, "zero1", 1024) < state_bytes(cfg, "ddp", 1024)
 
 
-def kept_for_backward(cfg: GPTConfig, B: int, T: int) -> int:
-    """Bytes of the storages that torch saves in a forward pass under bf16 autocast, each once, parameters left out."""
-    model, x = GPT(cfg), torch.randint(0, cfg.vocab_size, (B, T))
-    own, found, alive = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}, []
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)  # or its address would be given away again
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16):
-        model(x, x.clone())
-    return sum(found.values())
+def at_peak(B: int, **sizes) -> dict[str, int]:
+    """Bytes by kind in a training step of B sequences of 128, by the ledger, which test_plan.py compares with torch's own."""
+    how = dict(block_size=128, vocab_multiple=128, dtype="bfloat16", device="cpu", compile=False, fused_adamw=True)
+    return follow(Config(**how, **sizes, batch_size=B, tokens_per_step=128 * B), 1, train.accumulate).at_peak
 
 
-@pytest.mark.parametrize("sizes", [dict(n_layer=5, n_head=2, n_embd=128), dict(n_layer=1, n_head=8, n_embd=512)])
-def test_activations_are_what_torch_saves(sizes):
-    """To 0.2%, and that is indices: int64 ids, targets and positions. Logits: log-softmax, 4 bytes each."""
-    T, V = 128, 1000
-    cfg = GPTConfig(block_size=T, vocab_size=V, vocab_multiple=128, **sizes)
-    kept = {B: kept_for_backward(cfg, B, T) for B in (2, 6)}
-    sequence = (kept[6] - kept[2]) / 4
-    formula = cluster.activation_bytes(cfg, T) + 4 * V * T
-    assert formula <= sequence <= formula + 2 * 8 * T
-    assert sequence == pytest.approx(formula, rel=2e-3)
-    casts = 2 * (12 * cfg.n_layer * cfg.n_embd**2 + cfg.padded_vocab_size * cfg.n_embd)
-    assert kept[2] - 2 * sequence == pytest.approx(casts, abs=8 * T + 8)  # what does not grow with B
+@pytest.mark.parametrize(("n_layer", "n_head"), [(5, 2), (3, 8)])
+def test_activations_and_logits_are_those_of_a_step(n_layer, n_head):
+    sizes = dict(n_layer=n_layer, n_head=n_head, n_embd=128)
+    formula = cluster.activation_bytes(GPTConfig(**sizes), 128)
+    few, many = (at_peak(B, **sizes, vocab_size=1000)["activations"] for B in (2, 6))
+    assert many - few == 4 * formula
+    few, many = (sum(at_peak(B, **sizes, vocab_size=10_000).values()) for B in (4, 8))  # logits at their worst moment
+    assert (many - few) / 4 == pytest.approx(formula + cluster.LOGITS_BYTES * 128 * 10_000, rel=0.01)
 
 
-def test_logits_take_twelve_bytes_at_their_worst():
-    T = 128
-    how = dict(n_layer=2, n_head=4, n_embd=128, block_size=T, vocab_size=10_000, vocab_multiple=128, dtype="bfloat16")
-    how |= dict(device="cpu", compile=False, fused_adamw=True)
-    cfg = {B: Config(**how, batch_size=B, tokens_per_step=B * T) for B in (4, 8)}
-    most = {B: sum(follow(c, 1, train.accumulate).at_peak.values()) for B, c in cfg.items()}
-    expected = cluster.activation_bytes(cfg[4], T) + cluster.LOGITS_BYTES * T * cfg[4].vocab_size
-    assert (most[8] - most[4]) / 4 == pytest.approx(expected, rel=0.01)
-
-
-def lost(interval: float, save: float, mtbf: float, restart: float, hours: float = 3000.0) -> float:
-    """The share of the time lost in a run with failures thrown as dice."""
-    dice, now, done, kept = random.Random(1), 0.0, 0.0, 0.0
+def lost(interval: float, save: float, mtbf: float, restart: float) -> float:
+    """The share of 3,000 hours lost in a run with failures thrown as dice."""
+    dice, now, done = random.Random(1), 0.0, 0.0
     failure = dice.expovariate(1 / mtbf)
-    while now < 3600 * hours:
+    while now < 3600 * 3000:
         if now + interval + save < failure:
             now, done = now + interval + save, done + interval
-            kept = done
         else:
-            now, done = failure + restart, kept
+            now = failure + restart
             failure = now + dice.expovariate(1 / mtbf)
     return 1 - done / now
 
 
 @pytest.mark.parametrize("mtbf", [20_000.0, 180_000.0])
-def test_failures_cost_what_dice_say(mtbf):
+def test_failures_cost_what_dice_say_and_least_at_that_interval(mtbf):
     interval, *shares = cluster.failures(30.0, mtbf, 100.0)
-    assert interval == math.sqrt(2 * 30 * mtbf)
-    assert lost(interval, 30.0, mtbf, 100.0) == pytest.approx(sum(shares), rel=0.1)
-    assert all(lost(interval * f, 30.0, mtbf, 100.0) > lost(interval, 30.0, mtbf, 100.0) for f in (0.25, 4))
+    least = lost(interval, 30.0, mtbf, 100.0)
+    assert least == pytest.approx(sum(shares), rel=0.1)
+    assert all(lost(interval * f, 30.0, mtbf, 100.0) > least for f in (0.25, 4))
 
 
 def test_rate_is_public_until_a_gpu_was_measured(tmp_path):
@@ -211,10 +161,9 @@ def test_the_document_is_made_again_checked_and_left_alone(tmp_path, root, capsy
     cluster.main([], tmp_path)
     text = path.read_text(encoding="utf-8")
     cluster.main(["--check"], tmp_path)
-    for name in ("steps", "memory", "checks", "failures"):  # a changed number is stale
-        where = text.index("| ---", text.index(f"<!-- cluster {name} -->"))
-        digit = next(i for i in range(where, len(text)) if text[i].isdigit())
-        path.write_text(text[:digit] + str((int(text[digit]) + 1) % 10) + text[digit + 1 :], encoding="utf-8")
+    for name in ("steps", "memory", "checks", "failures"):
+        rest = text.index("| ---", text.index(f"<!-- cluster {name} -->"))
+        path.write_text(text[:rest] + re.sub(r"\d", "7", text[rest:], count=2), encoding="utf-8")
         with pytest.raises(SystemExit, match="1"):
             cluster.main(["--check"], tmp_path)
         assert "run python -m forecast.cluster" in capsys.readouterr().err
@@ -226,9 +175,6 @@ def test_the_document_is_made_again_checked_and_left_alone(tmp_path, root, capsy
         path.write_text(wrong, encoding="utf-8")
         with pytest.raises(UserError, match="once"):
             cluster.main(["--check"], tmp_path)
-
-
-@pytest.mark.parametrize(("flag", "message"), [("--network_gb_s=0", "above 0"), ("--gpus_per_node=6", "power of two")])
-def test_a_wrong_flag_is_one_line(flag, message):
-    with pytest.raises(UserError, match=message):
-        cluster.main([flag])
+    for flag, message in (("--network_gb_s=0", "above 0"), ("--gpus_per_node=6", "power of two")):
+        with pytest.raises(UserError, match=message):
+            cluster.main([flag])

@@ -1,7 +1,6 @@
 """forecast.curve: a run like those that were recorded is on track; another one is not, and the causes are reported."""
 
 import json
-import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,9 +54,7 @@ def test_a_verdict_comes_only_when_it_changes(cfg, written):
     sides = [track.step(step, loss).partition(" (")[0] for step, loss in enumerate([3.0, 3.05, 9.0, 8.0, 0.1, 0.2, 3.0], 1)]
     assert sides == ["on track", "", "ABOVE the curve", "", "BELOW the curve", "", "on track"]
 
-
-def test_a_bound_is_only_crossed_upwards(cfg, written):
-    """GPT-2's public figures are what a good run reaches or beats."""
+    # a bound is only crossed upwards: GPT-2's public figures are what a good run reaches or beats
     written(val=[POINT | {"at_most": True}])
     assert "on track" in tracker(cfg).validated(10, 1.0)
     assert "ABOVE" in tracker(cfg).validated(10, 3.2)
@@ -92,35 +89,20 @@ def test_another_model_is_not_compared(cfg, written, capsys):
     assert "ABOVE" in tracker(replace(cfg, learning_rate=1.0)).step(10, 9.0)
 
 
-def test_points_are_means_with_a_band_for_one_more_seed():
-    found = curve.points({s: [1.0, 2.0, 3.0] for s in (5, 10, 15)})
-    assert [p["step"] for p in found] == [5, 10, 15]
-    assert found[0]["loss"] == 2.0
-    assert found[0]["band"] == pytest.approx(3 * statistics.stdev([1, 2, 3]) * (4 / 3) ** 0.5, abs=1e-4)
-
-
-POINTS = '"val": [], "seeds": [], "data_sha256": null, "config": {}, "source": "x"'
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        *("", "[]", "{}", "[" * 10**5, " " * 2**21),
-        '{"train": [{"step": 1.5, "loss": 1, "band": 1}], "val": []}',
-        '{"train": [], "window": 1' + "0" * 30 + ", " + POINTS + "}",
-        '{"train": [{"step": 1, "loss": 1' + "0" * 400 + ', "band": 1}], "window": 1, ' + POINTS + "}",
-    ],
-)
-def test_a_file_that_is_not_a_curve_is_refused_in_one_line(tmp_path, content):
-    path = tmp_path / "x.curve.json"
-    path.write_text(content, encoding="utf-8")
-    with pytest.raises(UserError, match=r"^[^\n]*x\.curve\.json is not a loss curve[^\n]*$"):
-        curve.read(path)
+def test_a_file_that_is_not_a_curve_is_refused_in_one_line(written):
+    """More of them: tests/test_fuzz.py."""
+    path = written()
+    curve.read(path)
+    wrong = [dict(window=10**30), dict(train=[POINT | {"step": 1.5}]), dict(train=[POINT | {"loss": 10**400}])]
+    for content in (*("", "[]", "[" * 10**5, " " * 2**21), *(written(**change).read_text() for change in wrong)):
+        path.write_text(content, encoding="utf-8")
+        with pytest.raises(UserError, match=r"^[^\n]*a\.curve\.json is not a loss curve[^\n]*$"):
+            curve.read(path)
 
 
 @pytest.mark.slow
 def test_a_recorded_curve_knows_its_own_kind(run_script, tmp_path, tiny_run):
-    """Three runs are recorded; a fourth seed is on track, a tenth of the learning rate is not and reports why."""
+    """Of three seeds; a fourth is on track, a tenth of the learning rate is not and reports why."""
     file = tmp_path / "mine.py"
     settings = tiny_run | dict(max_steps=80, eval_interval=40)
     file.write_text(f"from configurator import Config\nconfig = Config(**{settings!r})\n", encoding="utf-8")

@@ -35,14 +35,13 @@ def config(**changes) -> Config:
 
 @pytest.fixture(autouse=True, scope="module")
 def followed_once():
-    """Each config is followed once in this module: that is what takes the time."""
+    """Following a config is what takes the time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "follow", functools.cache(memory.follow))
         yield
 
 
 def target(processes: int = 1) -> memory.Target:
-    """A machine on which the process itself takes nothing but what memory.py adds."""
     how = dict(hardware=HERE, able=machine.gpu_abilities(9.0), processes=processes, free=None, total=None, imported=0)
     return memory.Target(**how, accumulate=train.accumulate)
 
@@ -53,7 +52,6 @@ def parts(cfg: Config) -> dict[str, int]:
 
 
 def tensors(**changes) -> int:
-    """Bytes of all tensors at the peak."""
     return sum(parts(config(**changes)).values())
 
 
@@ -61,25 +59,9 @@ def parameters(cfg: Config) -> int:
     return sum(p.numel() for p in GPT(cfg).parameters())
 
 
-def test_a_ledger_counts_what_lives_by_hand():
-    ledger = memory.Ledger()
-    with FakeTensorMode(), ledger:
-        a = torch.empty(1000)  # 4,000 bytes
-        b = a.view(10, 100)[3:]  # a view takes nothing
-        c = a * 2  # 4,000 more
-        del a
-        d = torch.empty(500)  # a lives on behind b: 10,000
-        del b
-        e = c.to(torch.bfloat16)  # 2,000
-        assert sum(ledger.now.values()) == 8000
-        del c, d, e
-    assert sum(ledger.now.values()) == 0
-    assert sum(ledger.at_peak.values()) == 10_000
-
-
 @pytest.mark.parametrize("changes", [{}, dict(dtype="bfloat16", attention="naive", dropout=0.1, tie_weights=False)])
 def test_the_peak_is_that_of_torchs_own_tracker(changes):
-    """MemTracker follows the same two steps; neither follows what compiled code does."""
+    """Neither follows what compiled code does."""
     cfg = config(**changes)
     fake = FakeTensorMode()
     gpt = memory.fake_model(cfg, fake)
@@ -149,7 +131,7 @@ def test_a_copy_to_be_saved_is_counted_once_it_is_there():
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [[], ["--compile=True", "--dtype=auto", "--reuse_memory=True"]])
 def test_the_predicted_peak_is_near_that_of_a_run(run_script, tiny_flags, tmp_path, how):
-    """Of a model whose activations outweigh the rest of the process. LOG.md has figures of the real configs."""
+    """Of a model whose activations outweigh the rest of the process."""
     if how and (reason := machine.why_no_compile(torch.device("cpu"))):
         pytest.skip(f"no compiler: {reason}")
     sizes = dict(n_layer=4, n_head=6, n_embd=384, block_size=256, batch_size=16, tokens_per_step=2 * 16 * 256, max_steps=2)
@@ -165,25 +147,26 @@ def test_the_predicted_peak_is_near_that_of_a_run(run_script, tiny_flags, tmp_pa
     assert predicted == pytest.approx(found[-1], rel=0.15)
 
 
-@pytest.mark.parametrize("init", ["gpt2", "pytorch"])
-def test_loss_at_step_0_is_that_of_a_model(init):
-    cfg = GPTConfig(n_layer=2, n_head=4, n_embd=512, block_size=64, vocab_size=2000, init=init)
+def test_loss_at_step_0_is_that_of_a_model():
     torch.manual_seed(0)
     x, y = torch.randint(2000, (2, 16, 64))
-    with torch.no_grad():
-        found = GPT(cfg)(x, y).item()
-    log, more = plan.expected_loss(cfg)
-    assert more > 0.09
-    assert found == pytest.approx(log + more, abs=0.05)
+    for init in ("gpt2", "pytorch"):
+        cfg = GPTConfig(n_layer=2, n_head=4, n_embd=512, block_size=64, vocab_size=2000, init=init)
+        log, more = plan.expected_loss(cfg)
+        assert more > 0.09
+        assert GPT(cfg)(x, y).item() == pytest.approx(log + more, abs=0.05)
 
 
 @pytest.fixture
 def results(tmp_path) -> Path:
-    """A ladder of two measured rungs on HERE: 100 ms and 50 ms a step of 256 tokens."""
+    """A ladder of two measured rungs on HERE: 100 ms and 50 ms a step of 256 tokens. Two have what older versions had."""
+    old = asdict(config()) | dict(a_setting_that_went=1)
+    del old["parallel"]
     rungs = [
-        dict(name="r00_fp32", requested=asdict(config()), step_s=[[0.1] * 3], first_step_s=[2.0]),
+        dict(name="r00_fp32", requested=old, step_s=[[0.1] * 3], first_step_s=[2.0]),
         dict(name="r01_tf32", skipped="not here"),
         dict(name="r03_compile", requested=asdict(config(compile=True)), step_s=[[0.05] * 3], first_step_s=[2.0, 3.0, 4.0]),
+        dict(name="r04_gone", requested=old | dict(attention="a kernel that went"), step_s=[[0.1] * 3]),
     ]
     (tmp_path / "a-machine").mkdir()
     written = json.dumps(dict(kind="ladder", machine=dict(hardware=HERE), rungs=rungs))
@@ -208,28 +191,13 @@ def test_speed_is_that_of_the_nearest_result_and_other_sizes_are_scaled(results)
     rows = plan.time_rows(config(n_embd=16), small, plan.Data(note=""))
     assert re.search(r"per second +< [\d,]+ +AT MOST", rows[1])
     assert re.search(r"per step +> [\d.]+ +launch-bound", rows[3])
-
-
-def test_speed_is_not_taken_from_other_hardware(results):
+    # it is not taken from other hardware
     assert speed.rate(config(), 1, "Another machine, 2 cores", results).tokens_per_s is None
     cfg = config(device="cuda")
     found = speed.rate(cfg, 2, "NVIDIA H200", results)
     assert found.tokens_per_s == pytest.approx(2 * 989e12 / cfg.flops_per_token(64))
     assert found.source.startswith("AT MOST")
     assert speed.rate(cfg, 1, "NVIDIA Nothing", results).tokens_per_s is None
-
-
-def test_results_of_older_versions_are_read(results):
-    path = results / "a-machine" / "ladder.json"
-    result = json.loads(path.read_text(encoding="utf-8"))
-    slow, _, fast = result["rungs"]
-    slow["requested"]["a_setting_that_went"] = 1
-    del slow["requested"]["parallel"]
-    fast["requested"]["attention"] = "a kernel that went"
-    path.write_text(json.dumps(result), encoding="utf-8")
-    found = speed.rate(config(compile=True), 1, HERE, results)
-    assert found.source.endswith("r00_fp32")
-    assert found.unlike == ("compile",)
 
 
 @pytest.fixture
@@ -258,8 +226,7 @@ def flags(message: str) -> dict:
     """The flags that a message names, as settings."""
     assert "\n" not in message
     found = re.findall(r"--(\w+)=([^\s,]+)", message.rpartition(": use ")[2])
-    values = {"True": True, "False": False}
-    return {name: values[v] if v in values else int(v) if v.isdigit() else v for name, v in found}
+    return {name: v == "True" if v in ("True", "False") else int(v) if v.isdigit() else v for name, v in found}
 
 
 def test_too_large_a_batch_is_refused_with_the_largest_that_fits(run, peak):
@@ -321,8 +288,7 @@ def test_checkpoints_that_do_not_fit_on_the_disk_are_refused(run, tiny_run, monk
     page, error = run(**often)
     assert error.endswith("use --keep_checkpoints=4, or --out_dir=another/folder")
     assert re.search("checkpoints .* TOO MUCH: 10 at a time", page)
-    page, error = run(**often | dict(keep_checkpoints=4))
-    assert ("6 at a time" in page, error) == (True, "")
+    assert run(**often | dict(keep_checkpoints=4))[1] == ""
     monkeypatch.setattr(plan, "ask_for_gpu", lambda: None)
     assert run(**often | dict(device="cuda"))[1] == ""  # on a machine that is not here, with another disk
 
@@ -341,7 +307,7 @@ def test_the_plan_is_one_page_and_notes_what_is_odd(run):
     lines = page.splitlines()
     assert (error, len(lines) <= 40) == ("", True)
     assert max(len(re.sub(r"/\S+", "a/folder", line)) for line in lines) <= 128
-    for name in ("parameters", "tokens per step", "loss at step 0", "weights", "AdamW's moments", "predicted peak"):
+    for name in ("parameters", "loss at step 0", "AdamW's moments", "predicted peak"):
         assert sum(line.startswith(f"  {name}") for line in lines) == 1, name
     assert "2 x 4 x 32 x 1: micro-steps x sequences x T x processes" in page
     assert "notes" not in page

@@ -26,7 +26,7 @@ def pair(tmp_path, tiny_run) -> list[str]:
     return [str(p) for p in paths]
 
 
-def test_ab_alternates_and_gives_both_sides_the_same_seeds(pair, workers, prepared):
+def test_ab_alternates_gives_both_sides_the_same_seeds_and_names_one_that_fails(pair, workers, prepared):
     started = workers()
     found = ab.ab(pair, BenchConfig(device="cpu", seeds=4, steps=6, data_dir=str(prepared)), CPU)
     assert [cfg.fused_adamw for cfg, _ in started] == [False, True, True, False, False, True, True, False]
@@ -52,9 +52,6 @@ def test_ab_runs_the_files_as_they_are_but_for_sizes_that_were_given(pair, worke
     assert len(started) == 4
     assert len({(cfg.n_layer, cfg.n_embd, cfg.T, cfg.tokens_per_step) for cfg, _ in started}) == 1
     assert all(cfg.n_layer == 1 and cfg.tokens_per_step <= 1024 for cfg, _ in started)
-
-
-def test_a_side_of_ab_that_fails_is_named(pair, workers, prepared):
     workers(lambda cfg: {"error": "it burns"} if cfg.fused_adamw else result(cfg))
     with pytest.raises(UserError, match=r"b\.py: it burns"):
         ab.ab(pair, BenchConfig(device="cpu", data_dir=str(prepared)), CPU)
@@ -106,10 +103,8 @@ def test_what_was_finished_is_printed_kept_apart_and_ends_with_130(available, st
     assert "stopped by Ctrl-C" in printed
 
 
-def test_ab_keeps_whole_pairs(stopped_after, tmp_path, tiny_run):
+def test_ab_keeps_whole_pairs(stopped_after, pair, prepared):
     stopped_after(5)
-    path = tmp_path / "a.py"
-    path.write_text(f"from configurator import Config\n\nconfig = Config(**{tiny_run!r})\n", encoding="utf-8")
-    found = ab.ab([str(path), str(path)], BenchConfig(seeds=4, data_dir=tiny_run["data_dir"]), CPU)
+    found = ab.ab(pair, BenchConfig(seeds=4, data_dir=str(prepared)), CPU)
     assert found["interrupted"]
     assert [len(side["step_s"]) for side in found["sides"]] == [len(side["losses"]) for side in found["sides"]] == [2, 2]

@@ -17,7 +17,7 @@ from base import system
 from base.errors import UserError
 from configurator import Config
 from engine import machine
-from measure import ladder, results
+from measure import ladder
 from measure.config import BenchConfig
 from measure.ladder import Rung
 from report import kinds
@@ -38,9 +38,6 @@ def is_twin(name: str) -> bool:
 def chain(rungs) -> list[Rung]:
     """The rungs without the twins that stand beside them."""
     return [r for r in rungs if not is_twin(r.name)]
-
-
-# ---- config/ladder/ -----------------------------------------------------------------------------------------------------
 
 
 def test_each_rung_changes_one_setting_of_the_rung_before(rungs, chain):
@@ -64,24 +61,17 @@ def test_each_rung_changes_one_setting_of_the_rung_before(rungs, chain):
     assert not {r.versus for r in rungs} & {t.name for t in twins}
 
 
-@pytest.mark.parametrize(
-    ("body", "word"), [("replace(previous, compile=True, prefetch=True)", "compile"), ("replace(previous)", "none")]
-)
-def test_a_file_that_changes_two_settings_or_none_is_refused_by_name(tmp_path, monkeypatch, body, word):
-    first = "from configurator import Config\nconfig = Config(compile=False, prefetch=False, fused_adamw=False)\n"
-    (tmp_path / "r00_plain.py").write_text(f'"""Rung 0: plain."""\n{first}')
-    (tmp_path / "r01_more.py").write_text(
-        f'"""Rung 1: more."""\nfrom dataclasses import replace\n{first.replace("config =", "previous =")}config = {body}\n'
-    )
+def test_a_file_that_changes_two_settings_or_none_is_refused_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr(ladder, "LADDER", tmp_path)
-    with pytest.raises(UserError, match=rf"r01_more.*{word}"):
-        ladder.load_ladder()
+    config = "from configurator import Config\nconfig = Config(compile={}, prefetch={})\n"
+    (tmp_path / "r00_plain.py").write_text(f'"""Rung 0: plain."""\n{config.format(False, False)}')
+    for on, word in ((True, "compile"), (False, "none")):
+        (tmp_path / "r01_more.py").write_text(f'"""Rung 1: more."""\n{config.format(on, on)}')
+        with pytest.raises(UserError, match=rf"r01_more.*{word}"):
+            ladder.load_ladder()
 
 
-# ---- what this machine has ----------------------------------------------------------------------------------------------
-
-
-def test_what_this_machine_cannot_run_is_told_with_the_reason(rungs, monkeypatch):
+def test_what_this_machine_cannot_run_or_what_would_be_no_other_measurement_has_a_reason(rungs, monkeypatch):
     cfg = rungs[0].cfg
     assert ladder.unavailable(cfg, CPU) is None
     assert ladder.unavailable(replace(cfg, processes=99), CPU) is None  # slow, but it runs
@@ -92,21 +82,7 @@ def test_what_this_machine_cannot_run_is_told_with_the_reason(rungs, monkeypatch
     assert "does nothing here: float32 matmuls run as ieee" in ladder.unavailable(replace(cfg, fp32_precision="bf16"), CPU)
     monkeypatch.setattr(ladder, "precision_that_runs", lambda how, device: how)
     assert ladder.unavailable(replace(cfg, fp32_precision="bf16"), CPU) is None
-
-
-@pytest.mark.slow
-def test_a_precision_is_tried_in_a_process_of_its_own():
-    """And gives the same answer as here."""
-    machine.set_fp32_precision("bf16", CPU)
-    try:
-        expected = machine.fp32_precision_measured(CPU)
-    finally:
-        machine.set_fp32_precision("ieee", CPU)
-    assert ladder.precision_that_runs("bf16", "cpu") == expected
-
-
-def test_what_would_be_no_other_measurement_is_told(rungs, monkeypatch):
-    cfg = replace(rungs[0].cfg, batch_size=8, tokens_per_step=2048, sequence_length=256)
+    cfg = replace(cfg, batch_size=8, tokens_per_step=2048, sequence_length=256)
     assert ladder.pointless(cfg, CPU) is None
     assert "--tokens_per_step" in ladder.pointless(replace(cfg, tokens_per_step=1024), CPU)
     assert ladder.pointless(replace(cfg, attention="blocked"), torch.device("cuda"))
@@ -114,11 +90,7 @@ def test_what_would_be_no_other_measurement_is_told(rungs, monkeypatch):
     assert "2 cores" in ladder.pointless(replace(cfg, processes=2), CPU)
 
 
-# ---- climbing -------------------------------------------------------------------------------------------------------------
-
-
-def test_where_everything_is_available_the_chain_is_the_ladder(rungs, chain, available):
-    """Each rung stands on the one before it, the top has all settings, and micro-batches keep their ratio."""
+def test_where_everything_is_available_the_chain_is_the_ladder(rungs, available):
     available()
     climbed, skipped = ladder.climb(rungs, sizes(batch_size=3, n_layer=2, tokens_per_step=64 * 640), CPU)
     assert skipped == {}
@@ -129,9 +101,6 @@ def test_where_everything_is_available_the_chain_is_the_ladder(rungs, chain, ava
         assert configurator.diff(by_name[rung.versus].cfg, rung.cfg) == rung.changes
         assert rung.cfg.batch_size * rungs[0].cfg.batch_size == asked.cfg.batch_size * 3
         assert (rung.cfg.n_layer, rung.cfg.T, rung.cfg.tokens_per_step) == (2, 64, 64 * 640)
-    wanted = {field: value for asked in chain[1:] for field, (_, value) in asked.changes.items()}  # of two, the later
-    wanted |= dict(batch_size=climbed[-1].cfg.batch_size)
-    assert {field: getattr(climbed[-1].cfg, field) for field in wanted} == wanted  # nothing was lost on the way up
 
 
 def test_a_setting_that_is_not_available_is_left_out_above_and_its_reason_kept(rungs, chain, available):
@@ -152,16 +121,13 @@ def test_a_setting_that_is_not_available_is_left_out_above_and_its_reason_kept(r
     assert {r.versus for r in climbed} == {rungs[0].name}
 
 
-# ---- rounds ---------------------------------------------------------------------------------------------------------------
-
-
 def named(*names: str) -> list[Rung]:
     """Rungs that differ in nothing but their names, which their configs carry as wandb_project."""
     return [Rung(n, f"the {n}", Config(wandb_project=n), names[max(0, i - 1)], {}) for i, n in enumerate(names)]
 
 
 def test_rounds_are_interleaved_and_a_rung_that_fails_is_not_run_again(workers):
-    """All rungs, then all again: drift of the machine hits all alike. Losses are compared in the first round only."""
+    """Losses are compared in the first round only."""
     started = workers(lambda cfg: {"error": "it burns"} if cfg.wandb_project == "b" else result(cfg))
     skipped = {"c": "known before"}
     found, _ = ladder.run_rounds(named("a", "b", "c", "d"), skipped, sizes(rounds=3, steps=8), min_timed=2)
@@ -173,23 +139,18 @@ def test_rounds_are_interleaved_and_a_rung_that_fails_is_not_run_again(workers):
 
 
 def test_all_rungs_get_smaller_micro_batches_when_one_needs_more_memory(rungs, available, workers, capsys):
-    """The rung with twice the micro-batch does not fit above 4: all others are measured again with half of theirs."""
+    """The rung with twice the micro-batch does not fit above 4: all others are measured again with half of theirs. At 1 the
+    reason ends the command.
+    """
     available()
     started = workers(lambda cfg: {"error": "oops", "out_of_memory": True} if cfg.batch_size > 4 else result(cfg))
     found = ladder.ladder(sizes(batch_size=8, rounds=1, tokens_per_step=64 * 16), CPU)
-    reported = capsys.readouterr().err
-    assert "oops" in reported
-    assert "micro-batches of 4" in reported
-    assert "micro-batches of 2" in reported
+    assert re.search("oops.*micro-batches of 4.*oops.*micro-batches of 2", capsys.readouterr().err, re.DOTALL)
     final = started[-len(rungs) :]
     assert [cfg.batch_size for cfg, _ in final] == [2 * r.cfg.batch_size // rungs[0].cfg.batch_size for r in rungs]
     assert {cfg.tokens_per_step for cfg, _ in final} == {64 * 16}  # what is learned stays
     assert found["sizes"]["batch_size"] == 2
     assert not any("skipped" in e for e in found["rungs"])
-
-
-def test_micro_batches_of_one_that_do_not_fit_are_one_clear_line(rungs, available, workers):
-    available()
     started = workers(lambda cfg: {"error": "8 GiB short", "out_of_memory": True})
     with pytest.raises(UserError, match=r"r00_fp32: 8 GiB short.*--sequence_length"):
         ladder.ladder(sizes(batch_size=6, rounds=1), CPU)
@@ -205,9 +166,6 @@ def test_a_ladder_without_its_first_rung_still_has_a_table(rungs, available, wor
         ladder.ladder(sizes(rounds=1), CPU)
 
 
-# ---- ablation and candidates ------------------------------------------------------------------------------------------------
-
-
 def test_each_entry_puts_one_setting_back_to_what_it_was_below(rungs, chain, available, workers):
     available()
     started = workers()
@@ -218,7 +176,6 @@ def test_each_entry_puts_one_setting_back_to_what_it_was_below(rungs, chain, ava
     gone = ("fp32_precision", "processes")  # with bf16 no float32 matmul is left; the top is in one process
     back = {f"without_{r.name}": r for r in chain[1:] if not set(r.changes) & set(gone)}
     assert [e["name"] for e in found] == ["top", *back]
-    assert len({str(e["changes"]) for e in found}) == len(found)  # each is another measurement
     by_name = {r.name: r for r in ladder.climb(rungs, asked, CPU)[0]}
     for entry in found:
         changes = configurator.diff(top, Config(**entry["requested"]))
@@ -243,34 +200,25 @@ def test_candidates_are_the_top_rung_with_one_other_setting(available, workers):
     assert kinds.as_text(found)
 
 
-# ---- a small ladder in real processes -----------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_results_hold_raw_times_and_what_was_on(prepared, tiny_run, tmp_path, monkeypatch, capsys, own_signals):
-    """Every step's time, those of the warm-up too: where it ended is a judgement, and others judge it by the raw times. Of two
-    real rungs and one that needs more cores.
-    """
+    """Every step's time, those of the warm-up too: where it ended is a judgement. One rung needs more cores."""
     values = tiny_run | dict(compile=False, fused_adamw=False, prefetch=False)
-    for number, more in enumerate(["", "fused_adamw=True", f"fused_adamw=True, processes={system.cores() + 1}"]):
-        text = f"from dataclasses import replace\nfrom configurator import Config\nconfig = Config(**{values!r})\n"
-        text += f"config = replace(config, {more})\n"
+    for number, more in enumerate([{}, dict(fused_adamw=True), dict(fused_adamw=True, processes=system.cores() + 1)]):
+        text = f"from configurator import Config\nconfig = Config(**{values | more!r})\n"
         (tmp_path / f"r{number:02}_rung.py").write_text(f'"""Rung {number}: a thing."""\n{text}', encoding="utf-8")
     argv = ["ladder", "--device=cpu", "--n_layer=1", "--batch_size=2", "--sequence_length=16", "--tokens_per_step=64"]
     argv += ["--rounds=1", "--steps=3", f"--data_dir={prepared}", f"--out={tmp_path}/results"]
     monkeypatch.setattr(ladder, "LADDER", tmp_path)
     monkeypatch.setattr(sys, "argv", ["bench.py", *argv])
     bench.main(argv)
-    path = results.results_dir(f"{tmp_path}/results", CPU) / "ladder.trial.json"  # one layer is no measurement
+    (path,) = tmp_path.glob("results/*/ladder.trial.json")  # one layer is no measurement
     found, printed = json.loads(path.read_text(encoding="utf-8")), capsys.readouterr().out
     assert found["command"].startswith("python bench.py ladder --device=cpu --n_layer=1")
-    assert found["machine"]["hardware"] == machine.hardware_name(CPU)
-    assert found["sizes"]["n_layer"] == 1
     assert all(math.isfinite(found["ceilings"][k]) and found["ceilings"][k] > 1e6 for k in CEILINGS if k != "peak_flops")
     plain, fused, many = found["rungs"]
     for entry, on in ((plain, False), (fused, True)):
         assert entry["requested"]["fused_adamw"] is entry["effective"]["fused_adamw"] is on
-        assert (entry["requested"]["sequence_length"], entry["requested"]["tokens_per_step"]) == (16, 64)
         assert (entry["effective"]["micro_batch"], entry["effective"]["accumulation"]) == (2, 2)
         assert len(entry["warmup_s"][0]) + len(entry["step_s"][0]) == len(entry["losses"]) >= 3
         assert entry["first_step_s"][0] == entry["warmup_s"][0][0]
@@ -278,7 +226,8 @@ def test_results_hold_raw_times_and_what_was_on(prepared, tiny_run, tmp_path, mo
         assert entry["memory_gib"] > 0
     assert fused["changes"] == {"fused_adamw": [False, True]}
     assert "cores" in many["skipped"]
-    assert "step_s" not in many
     assert kinds.as_text(found) in printed
-    assert many["skipped"] in printed
-    assert path.name in printed
+    machine.set_fp32_precision("bf16", CPU)
+    here = machine.fp32_precision_measured(CPU)
+    machine.set_fp32_precision("ieee", CPU)
+    assert ladder.precision_that_runs("bf16", "cpu") == here  # tried in a process of its own

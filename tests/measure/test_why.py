@@ -22,41 +22,28 @@ CEILINGS = {"gemm_float32_flops": 1e11, "gemm_bfloat16_flops": 4e11, "copy_bytes
 PLAIN = dict(attention="naive", fused_adamw=False, prefetch=False)  # with the tiny run's: everything off, as on rung 0
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_other_precision():
+@pytest.fixture(autouse=True)
+def no_other_precision(monkeypatch):
     """Else advise() tries in a process of its own whether float32 matmuls can run as bf16."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ladder, "precision_that_runs", lambda how, device: "ieee")
-        yield
-
-
-@pytest.fixture(scope="module")
-def plain(tiny_run, tmp_path_factory) -> dict:
-    """What why() says of the plain configuration in miniature."""
-    return why.why(Config(**tiny_run | PLAIN), CEILINGS, tmp_path_factory.mktemp("why") / "trace.json")
+    monkeypatch.setattr(ladder, "precision_that_runs", lambda how, device: "ieee")
 
 
 def ms(result: dict) -> dict[str, float]:
     return {s["part"]: s["ms"] for s in result["shares"]}
 
 
-# ---- the parts ----------------------------------------------------------------------------------------------------------
-
-
-def test_parts_make_up_the_step_and_the_trace_is_the_steps(plain):
+def test_parts_make_up_the_step_and_the_trace_is_the_steps(tiny_run, tmp_path):
+    plain = why.why(Config(**tiny_run | PLAIN), CEILINGS, tmp_path / "trace.json")
     assert [s["part"] for s in plain["shares"]] == list(why.PARTS)
     assert sum(ms(plain).values()) == pytest.approx(plain["step_ms"], rel=1e-6)
     assert sum(s["share"] for s in plain["shares"]) == pytest.approx(1)
     assert ms(plain)["other"] == 0
     for part in ("GEMM", "attention", "cross-entropy", "norms and elementwise", "optimizer", "data wait", "communication"):
         assert ms(plain)[part] > 0, part
-    assert json.loads(json.dumps(plain)) == plain
     recorded = {"kind": "why", "date": "2026-11-20", "machine": {"hardware": "a CPU", "torch": "2", "commit": None}}
     table, *_ = kinds.blocks(plain | recorded)
     assert [row[0] for row in table.rows] == [*why.PARTS, "step"]
     trace = json.loads(open(plain["trace"], encoding="utf-8").read())["traceEvents"]
-    (step,) = (e for e in trace if e.get("name") == why.STEP)
-    assert step["dur"] / 1e3 == pytest.approx(plain["profiled_ms"], rel=1e-3)
     assert sum(e.get("name") == "aten::addmm" for e in trace) == 2 * 2 * 4  # micro-batches, layers, linears with a bias
 
 
@@ -82,7 +69,6 @@ def test_sleep_is_found_where_it_is_and_all_of_it(where, tiny_run, tmp_path, mon
     assert result["profiled_ms"] == pytest.approx(walls[-1], rel=0.05)
     if where == "data wait":
         assert result["advice"][0]["setting"] == "prefetch=True"
-        assert 150 < result["advice"][0]["saves_ms"] <= result["step_ms"]
     assert getattr(owner, name) is slow  # what named_scopes() replaces, it puts back
 
 
@@ -96,8 +82,6 @@ def test_compiled_kernels_appear_by_name(tiny_run, tmp_path):
     assert ms(result)["other"] == 0
     assert ms(result)["norms and elementwise"] > 0
     assert ms(result)["cross-entropy"] > 0  # nothing but a compiled kernel's name tells
-    assert "cpp_fused" in (tmp_path / "trace.json").read_text()
-    assert not any(a["setting"].startswith("compile") for a in result["advice"])
 
 
 NAMES = """
@@ -167,10 +151,8 @@ def gpu_trace() -> list[dict]:
     return [dict(zip(keys, e, strict=True), ph="X") for e in host + device] + [{"ph": "M", "name": "process_name"}]
 
 
-def test_gpu_time_is_what_the_kernels_take_and_the_rest_is_idle(tiny):
-    cfg = Config(**dict(vocab_size=65, n_layer=2, n_head=2, n_embd=32, block_size=32, tokens_per_step=256))
-    total, parts, top = why.attribute(gpu_trace(), cfg, on_gpu=True)
-    assert total == 1000
+def test_gpu_time_is_what_the_kernels_take_and_the_rest_is_idle():
+    total, parts, top = why.attribute(gpu_trace(), Config(vocab_size=65), on_gpu=True)
     assert {part: us for part, us in parts.items() if us} == {
         "GEMM": 100,
         "cross-entropy": 50,  # a copy of logits, told by its shape
@@ -181,18 +163,12 @@ def test_gpu_time_is_what_the_kernels_take_and_the_rest_is_idle(tiny):
         "data wait": 150,
         "launch gaps": 50 + 150 + 50,
     }
-    assert sum(parts.values()) == total
+    assert sum(parts.values()) == total == 1000
     assert top[0] == ("adam", 200, "optimizer")
-
-
-def test_trace_without_a_step_or_kernels_is_refused():
     with pytest.raises(UserError, match="recorded nothing"):
         why.attribute([], Config(), on_gpu=False)
     with pytest.raises(UserError, match="no GPU kernels"):
         why.attribute(gpu_trace()[:14], Config(), on_gpu=True)
-
-
-# ---- floors -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("changes", [{}, dict(tie_weights=False, vocab_multiple=128, n_layer=3, n_head=4)])
@@ -206,7 +182,6 @@ def test_flops_are_those_torch_counts(changes, tiny_run):
     steps = cfg.tokens_per_step // (micro_batch * cfg.T)
     whole = 2 * cfg.T / (cfg.T + 1)  # torch counts the masked scores as well
     assert steps * counter.get_total_flops() == floors["GEMM"].flops + whole * floors["attention"].flops
-    assert floors["GEMM"].seconds == max(floors["GEMM"].flops / 1e11, floors["GEMM"].bytes / 1e10)
 
 
 def test_floors_scale_with_the_work(tiny_run):
@@ -224,17 +199,9 @@ def test_floors_scale_with_the_work(tiny_run):
 
 
 def test_floors_are_at_measured_rates(tiny_run):
-    """TF32's is measured where it exists; half of bf16's rate would be another machine's. The optimizer reads and writes at the
-    rate of reading.
-    """
-    measured = CEILINGS | {"gemm_tf32_flops": 3e11}
-    for how, rate in (
-        (dict(dtype="float32", fp32_precision="ieee"), 1e11),
-        (dict(dtype="float32", fp32_precision="tf32"), 3e11),
-        (dict(dtype="float32", fp32_precision="bf16"), 4e11),
-        (dict(dtype="bfloat16"), 4e11),
-    ):
-        floor = why.floors(Config(**how), measured)["GEMM"]
+    """TF32's is measured where it exists. The optimizer reads and writes at the rate of reading."""
+    for precision, rate in (("ieee", 1e11), ("tf32", 3e11), ("bf16", 4e11)):
+        floor = why.floors(Config(dtype="float32", fp32_precision=precision), CEILINGS | {"gemm_tf32_flops": 3e11})["GEMM"]
         assert floor.flops / floor.seconds == pytest.approx(rate)
     cfg = Config(**tiny_run | dict(n_embd=256, batch_size=8))
     P = sum(p.numel() for p in GPT(cfg).parameters())
@@ -250,39 +217,24 @@ def test_a_floor_is_at_the_rate_of_the_smallest_memory_that_holds_it():
     assert why.bytes_per_s(1, CEILINGS) == 1e10  # an old result has the rate of a copy alone
 
 
-# ---- advice -------------------------------------------------------------------------------------------------------------
-
-
-def advised(run: Run, part_ms: float = 1e6) -> set[str]:
-    """The settings that are advised when every part is far above its floor."""
-    memory_is_no_limit = CEILINGS | {"copy_bytes_per_s": 1e14}
-    return {a["setting"] for a in why.advise(run, dict.fromkeys(why.PARTS, part_ms), memory_is_no_limit, kernel_ms=10.0)}
-
-
-def test_advice_is_what_is_off_and_available(tiny_run, monkeypatch):
-    monkeypatch.setattr(machine, "best_dtype", lambda device: "bfloat16")
+def test_advice_is_what_is_off_and_available_with_what_lies_above_its_floor(tiny_run, monkeypatch):
     monkeypatch.setattr(machine, "why_no_compile", lambda device: None)
-    monkeypatch.setattr(ladder, "precision_that_runs", lambda how, device: how)
-    monkeypatch.setattr(why, "head_seconds", lambda cfg, device, n: 1.0 / cfg.padded_vocab_size)
-    monkeypatch.setattr(why, "attention_seconds", lambda cfg, device, micro_batch: 0.0)
-    off = build(Config(**tiny_run | PLAIN))
-    first = {"dtype=bfloat16", "fp32_precision=bf16", "compile=True", "attention=sdpa", "fused_adamw=True", "prefetch=True"}
-    assert first | {"vocab_multiple=128"} == advised(off) - {"reuse_memory=True"}
-    fast = dict(dtype="bfloat16", fused_adamw=True, vocab_multiple=128)
-    on = build(Config(**tiny_run | fast))
-    on.cfg = replace(on.cfg, compile=True, reuse_memory=True)
-    assert advised(on) == set()
+    monkeypatch.setattr(ladder, "precision_that_runs", lambda how, device: how if how == "bf16" else "ieee")
+
+    def advised(run: Run) -> dict[str, float]:
+        ms = {part: 1e3 * f.seconds + 7.0 for part, f in why.floors(run.cfg, CEILINGS).items()}
+        return {a["setting"]: a["saves_ms"] for a in why.advise(run, ms, CEILINGS, kernel_ms=10.0)}
+
+    plain = build(Config(**tiny_run | PLAIN))
+    off = {"dtype=bfloat16", "fp32_precision=bf16", "compile=True", "attention=sdpa", "vocab_multiple=128"}
+    found = advised(plain)
+    assert off | {"fused_adamw=True", "prefetch=True"} == found.keys() - {"reuse_memory=True"}
+    assert found["compile=True"] == pytest.approx(14.0)  # two parts
+    assert found["fused_adamw=True"] == pytest.approx(7.0)
+    assert found["dtype=bfloat16"] > 21.0  # three, and their floors come down
+    fast = build(Config(**tiny_run | dict(dtype="bfloat16", fused_adamw=True, vocab_multiple=128)))
+    fast.cfg = replace(fast.cfg, compile=True, reuse_memory=True)
+    assert set(advised(fast)) == {"attention=blocked"}
     monkeypatch.setattr(machine, "why_no_compile", lambda device: "there is none")
-    monkeypatch.setattr(machine, "best_dtype", lambda device: "float32")
     monkeypatch.setattr(ladder, "precision_that_runs", lambda how, device: "ieee")
-    assert not advised(off) & {"compile=True", "dtype=bfloat16", "fp32_precision=bf16"}
-
-
-def test_fusing_is_predicted_to_save_no_more_than_lies_above_the_floor(tiny_run, monkeypatch):
-    monkeypatch.setattr(machine, "why_no_compile", lambda device: None)
-    run = build(Config(**tiny_run | PLAIN | dict(dtype="bfloat16", attention="sdpa", vocab_multiple=128)))
-    floor = {part: 1e3 * f.seconds for part, f in why.floors(run.cfg, CEILINGS).items()}
-    ms = {part: f + 7.0 for part, f in floor.items()}
-    saves = {a["setting"]: a["saves_ms"] for a in why.advise(run, ms, CEILINGS, kernel_ms=0.0)}
-    assert saves["compile=True"] == pytest.approx(14.0)  # two parts
-    assert saves["fused_adamw=True"] == pytest.approx(7.0)
+    assert not advised(plain).keys() & {"compile=True", "fp32_precision=bf16"}
