@@ -116,9 +116,6 @@ def test_both_reasons_are_named_when_both_ways_fail(world, how, reason):
     assert "\n" not in str(refusal.value)
 
 
-# ---- the copy that is kept
-
-
 @pytest.mark.parametrize("copy", [None, GOOD, b"damaged"])
 def test_a_copy_is_used_if_it_is_whole(world, tmp_path, copy):
     world(OSError("must not be asked") if copy == GOOD else GOOD)

@@ -149,9 +149,6 @@ def test_cuts_are_safe_beside_special_tokens(text, size):
     assert sum((bpe.count_block(part, NAMES) for part in parts), Counter()) == bpe.count_block(text, NAMES)
 
 
-# ---- JSON
-
-
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

@@ -1,6 +1,5 @@
 """pool.py: results in order, little read ahead, and no process left behind, however the work ends."""
 
-import contextlib
 import itertools
 import multiprocessing
 import os
@@ -19,9 +18,9 @@ from corpus.pool import map_in_order
 from test_pool import nap
 
 if __name__ == "__main__":
-    for tag, worker in map_in_order(nap, ((i, 0.01) for i in range(10**6)), 2, 1):
-        if tag < 2:
-            print(worker, flush=True)
+    for tag, _ in map_in_order(nap, ((i, 0.01) for i in range(10**6)), 2, 1):
+        if tag == 2:
+            print("both work", flush=True)
 """
 
 
@@ -34,16 +33,6 @@ def square(number: int) -> int:
 def nap(seconds: float) -> int:
     time.sleep(seconds)
     return os.getpid()
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    with contextlib.suppress(FileNotFoundError), open(f"/proc/{pid}/stat") as f:  # Linux: an orphan may stay in the table
-        return f.read().rpartition(")")[2].split()[0] != "Z"
-    return True
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -94,15 +83,11 @@ def test_workers_end_with_their_parent(root, tmp_path, number):
     process = subprocess.Popen(
         [sys.executable, program], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    pids = {int(process.stdout.readline()) for _ in range(2)}
+    process.stdout.readline()
     if number == signal.SIGINT:
         os.killpg(process.pid, number)
     else:
         process.kill()
-    errors = process.communicate(timeout=30)[1]
+    errors = process.communicate(timeout=30)[1]  # the streams end when the last worker, which has inherited them, has ended
     assert process.returncode == -number
     assert errors.count("Traceback") == (number == signal.SIGINT)
-    ends = time.monotonic() + 10
-    while any(alive(pid) for pid in pids):
-        assert time.monotonic() < ends
-        time.sleep(0.02)

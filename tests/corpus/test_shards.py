@@ -45,8 +45,7 @@ def test_a_shard_is_the_documented_header_and_its_tokens(tmp_path, tokenizer):
     assert entry == {"file": SHARD, "tokens": len(ids), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def test_a_data_set_comes_back_and_its_sha256_tells_it_from_another(tmp_path):
-    """A split of many shards is one stream."""
+def test_a_data_set_of_many_shards_comes_back_and_its_sha256_tells_it_from_another(tmp_path):
     sha256 = set()
     for last in (399, 0):
         ids, folder = [*range(399), last], tmp_path / str(last)
@@ -77,7 +76,6 @@ LETTERS = CharTokenizer(["\n", "a", "b"])
     ],
 )
 def test_an_empty_prompt_begins_with_a_token_that_was_trained(tmp_path, tokenizer, train, start):
-    """... after which a text begins anew, if there is one."""
     write_dataset(tmp_path, {"train": train, "val": train}, tokenizer)
     assert shards.open_dataset(tmp_path).tokenizer.start == start
 
@@ -111,14 +109,11 @@ DAMAGE = [  # file, its new content, part of the message
     (SHARD, at(16, b"\xff\xff"), "vocabulary"),
     (shards.MANIFEST, lambda b: b[:-5], "damaged"),
     (shards.MANIFEST, lambda b: b"[1, 2]", "damaged"),
-    (shards.MANIFEST, lambda b: b"\xff\xfe", "damaged"),
-    (shards.MANIFEST, lambda b: b"[" * 100_000, "damaged"),
     (shards.MANIFEST, manifest(splits={"train": []}), "has no val split"),
     (shards.MANIFEST, manifest(version=99), "version 99, this program reads 1"),
     (shards.MANIFEST, entries("../train_000000.bin"), "not a shard of its folder"),
     (shards.MANIFEST, entries("train\0.bin"), "not a shard of its folder"),
     (shards.MANIFEST, entries("x" * 300 + ".bin"), "not a shard of its folder"),
-    ("tokenizer.json", lambda b: b"{", "damaged"),
     ("tokenizer.json", lambda b: b'{"type": "pickle"}', "damaged"),
     ("tokenizer.json", lambda b: b'{"type": "char", "characters": ["aa"]}', "damaged"),
 ]
@@ -144,12 +139,6 @@ def test_a_damaged_file_is_refused_in_one_line_that_says_what_to_do(tmp_path, na
 
 
 # ---- a writer that is killed ------------------------------------------------------------------------------------------
-
-
-def test_an_id_outside_the_vocabulary_is_not_written(tmp_path):
-    with pytest.raises(UserError, match="500 does not fit"):
-        write_shards(tmp_path, "train", [500])
-    assert not list(tmp_path.iterdir())
 
 
 parts_of_20 = st.lists(st.integers(0, 20), max_size=6).map(lambda cuts: np.split(np.arange(20, dtype="<u2"), sorted(cuts)))

@@ -136,9 +136,6 @@ def test_texts_of_any_script_are_cut(tmp_path, words):
     assert max(len(text) for pieces, _ in part.read() for text, _ in pieces) < 100
 
 
-# ---- the stream -------------------------------------------------------------------------------------------------------
-
-
 def documents_of(groups) -> dict[str, str]:
     """split -> its text, with | where <|endoftext|> goes."""
     found: dict[str, str] = {}
@@ -176,9 +173,6 @@ def test_a_document_cut_between_splits_is_no_new_one_and_one_that_goes_away_an_e
     (tmp_path / "c").unlink()
     with pytest.raises(UserError, match=r"cannot read .*c: No such file"):
         list(Reader(parts, 100))
-
-
-# ---- what a user gets wrong -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -113,12 +113,13 @@ def test_what_it_cannot_decode_it_leaves_alone(make, reason):
 def test_it_is_built_once_for_this_user_alone_or_there_is_a_reason(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     cache, build = tmp_path / "nanoladder", decode.build.__wrapped__
-    with monkeypatch.context() as broken:
-        broken.setattr(decode.shutil, "which", lambda name: None)
-        assert "no C compiler" in build()
-    with monkeypatch.context() as broken:
-        broken.setattr(decode, "COMPILE", [*decode.COMPILE, "-mno-such-thing"])
-        assert "cannot build decode.c: " in build()
+    for where, name, value, reason in (
+        (decode.shutil, "which", lambda name: None, "no C compiler"),
+        (decode, "COMPILE", [*decode.COMPILE, "-mno-such-thing"], "cannot build decode.c: "),
+    ):
+        with monkeypatch.context() as broken:
+            broken.setattr(where, name, value)
+            assert reason in build()
     assert not list(cache.iterdir())
     build()
     (library,) = cache.iterdir()

@@ -70,11 +70,13 @@ def test_one_round_and_too_wide_a_spread_are_said():
     text, failed = compare(noisy(0, rounds=1), noisy(1, slower=1.2, rounds=1), 0.03)
     assert failed
     assert "drift between rounds is unknown" in text
-    a = ladder()
+    a, b = ladder(), ladder()
     a["rungs"][2]["step_s"] = [[0.1], [0.2], [0.3]]
-    text, failed = compare(a, ladder(), 0.03)
+    text, failed = compare(a, b, 0.03)
     assert not failed
     assert "Too noisy to see a loss of 0.03: r03_compile" in text
+    a["rungs"][2]["step_s"] = b["rungs"][2]["step_s"] = [[0.1]] * 3  # no spread at all
+    assert "no interval" in line(compare(a, b)[0], "r03_compile")
 
 
 # ---- two configs, seed by seed ----------------------------------------------------------------------------------------

@@ -34,19 +34,6 @@ def test_intervals_are_the_values_that_a_t_test_does_not_reject(a, b):
             assert scipy.stats.ttest_ind(a, moved, equal_var=False).pvalue == pytest.approx(0.05, rel=1e-3)
 
 
-STATISTICS = [stats.quartiles, stats.extent, stats.interval, lambda values: stats.difference([0.0, 0.5], values)]
-
-
-@pytest.mark.parametrize("statistic", STATISTICS)
-def test_one_point_has_no_interval_and_two_have_one_if_they_vary(statistic):
-    assert not stats.difference([1.0, 1.0], [3.0, 3.0]).known
-    one, two = statistic([3.0]), statistic([3.0, 5.0])
-    assert not one.known
-    assert "[" not in one.text("{:.1f}".format)
-    assert two.low < two.middle < two.high
-    assert f"[{two.low:.1f}, {two.high:.1f}]" in two.text("{:.1f}".format)
-
-
 @pytest.mark.parametrize("rounds", [1, 2])
 @pytest.mark.parametrize("kind", ["ladder", "ablate", "sampling", "ab"])
 def test_one_round_is_too_few_for_an_interval_and_says_so(kind, rounds):
@@ -62,7 +49,9 @@ def test_one_round_is_too_few_for_an_interval_and_says_so(kind, rounds):
     assert "inf" not in text
     assert ("No intervals: 1 " in text) == (rounds == 1)
     if rounds == 1:
-        assert re.findall(r"\[([^],]*), \1\]|is faster|is lower", text) == []
+        assert not re.search(r"\[([^],]*), \1\]|is faster|is lower", text)
+    else:
+        assert re.search(r"\[[-+.,\d]+, [-+.,\d]+\]", text)
 
 
 def test_a_law_at_its_bound_has_no_interval_and_a_prediction_without_one_no_verdict():
@@ -92,7 +81,6 @@ def test_numbers_of_the_ladders_table():
 
 
 def test_skipped_rows_with_one_reason_share_a_line():
-    """Without what was asked for and without advice that a reader of the table cannot follow."""
     result, why_not = ladder(), "x='y' was asked for, but 'z' is what runs: no such unit: {} --x=z"
     more = dict(name="r02", title="", versus="r01_tf32", changes={"fp32_precision": ["ieee", "bf16"]})
     result["rungs"][1]["skipped"] = why_not.format("type")
@@ -101,7 +89,6 @@ def test_skipped_rows_with_one_reason_share_a_line():
 
 
 def test_the_gemm_rate_is_that_of_the_precision_and_a_row_is_named_after_what_changed():
-    """By the names under which bench.py writes the ceilings."""
     ceilings = dict(gemm_float32_flops=1.0, gemm_tf32_flops=2.0, gemm_bfloat16_flops=3.0)
     assert [results.gemm_rate("float32", how, ceilings) for how in ("ieee", "tf32", "bf16")] == [1.0, 2.0, 3.0]
     assert results.gemm_rate("float16", "tf32", ceilings) == 3.0
