@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from rig.runs import seal_data
+from rig.damage import seal_data
 from trained import FILES, seal
 
 import configurator

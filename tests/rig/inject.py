@@ -1,8 +1,9 @@
 """What cannot be caused from outside a process: a NaN, a flipped bit, a kill between two system calls.
 
-python tests/rig/inject.py --inject=NAME=ARGUMENTS … -- FLAGS arranges it, then trains.
+python tests/rig/inject.py NAME=ARGUMENTS FLAGS arranges it, then is train.py.
 """
 
+import ctypes
 import itertools
 import json
 import math
@@ -26,24 +27,21 @@ from engine import checkpoint
 from engine.run import Run
 
 
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def at_step(step: str, action: Callable[[Run], object], rank: int | None = None, after: Callable[[], object] = int) -> None:
-    """Call action(run) before a step (0, 1, …) of this process, or of one rank only; and after() when that step is done."""
+def at_step(step: str, rank: str, action: Callable[[Run], object]) -> None:
+    """Call action(run) before a step (0, 1, …) of one rank."""
     plain = train.train_step
 
     def train_step(run: Run, now: int):
-        here = now == int(step) and rank in (None, run.world.rank)
-        if here:
+        if now == int(step) and run.world.rank == int(rank):
             action(run)
-        result = plain(run, now)
-        if here:
-            after()
-        return result
+        return plain(run, now)
 
     train.train_step = train_step
+
+
+def times(factor: float) -> Callable:
+    """A forward hook that multiplies what a module returns."""
+    return lambda module, args, output: output * factor
 
 
 def inject_die_before(n: str, step: str, calls: str) -> None:
@@ -57,35 +55,32 @@ def inject_die_before(n: str, step: str, calls: str) -> None:
             if active:
                 seen.append(name)
                 if len(seen) == int(n):
-                    die()
+                    signal.raise_signal(signal.SIGKILL)
             return real(*args, **how)
 
         return call
 
     def save(run_dir, snapshot, *args, **how):
-        here = snapshot.step == int(step)
-        active.extend([True] * here)
-        try:
-            return plain(run_dir, snapshot, *args, **how)
-        finally:
-            active.clear()
-            if here:
-                Path(calls).write_text(" ".join(seen))
+        active[:] = [True] * (snapshot.step == int(step))
+        saved = plain(run_dir, snapshot, *args, **how)
+        active.clear()
+        Path(calls).write_text(" ".join(seen))
+        return saved
 
     for name in ("fsync", "rename", "replace", "unlink", "rmdir"):
         setattr(os, name, counted(name))
     checkpoint.save = save
 
 
-def inject_die_inside(step: str, micro: str) -> None:
-    """Die in the last process, in a step, when so many of its micro-batches are done."""
+def inject_die_inside(step: str, rank: str, micro: str) -> None:
+    """Die in a step, when so many of its micro-batches are done."""
+    done = itertools.count()
 
-    def action(run: Run) -> None:
-        done = itertools.count()
-        if run.world.rank == run.world.size - 1:
-            run.train_model.register_forward_pre_hook(lambda *_: die() if next(done) == int(micro) else None)
+    def before_each(*_) -> None:
+        if next(done) == int(micro):
+            signal.raise_signal(signal.SIGKILL)
 
-    at_step(step, action)
+    at_step(step, rank, lambda run: run.train_model.register_forward_pre_hook(before_each))
 
 
 def inject_nan(what: str, step: str, rank: str) -> None:
@@ -94,21 +89,18 @@ def inject_nan(what: str, step: str, rank: str) -> None:
     def action(run: Run) -> None:
         mlp = run.model.transformer.h[-1].mlp
         if what == "loss":
-            mlp.register_forward_hook(lambda module, args, output: output * math.nan)
+            mlp.register_forward_hook(times(math.nan))
         else:
             mlp.c_proj.bias.register_hook(lambda g: g * math.nan)
 
-    at_step(step, action, int(rank))
+    at_step(step, rank, action)
 
 
 def inject_spike(step: str) -> None:
     """In one step, logits are 100 times too large."""
     hooks = []
-
-    def action(run: Run) -> None:
-        hooks.append(run.model.transformer.ln_f.register_forward_hook(lambda module, args, output: output * 100))
-
-    at_step(step, action, after=lambda: hooks.pop().remove())
+    at_step(step, "0", lambda run: hooks.append(run.model.transformer.ln_f.register_forward_hook(times(100))))
+    at_step(str(int(step) + 1), "0", lambda _: hooks.pop().remove())
 
 
 def inject_flip(step: str, rank: str, name: str, index: str, bit: str) -> None:
@@ -118,7 +110,16 @@ def inject_flip(step: str, rank: str, name: str, index: str, bit: str) -> None:
         with torch.no_grad():
             run.model.get_parameter(name).view(torch.int32).flatten()[int(index)] ^= 1 << int(bit)
 
-    at_step(step, action, int(rank))
+    at_step(step, rank, action)
+
+
+def inject_no_root() -> None:
+    """Root may write anywhere: give up that right (capability 1, CAP_DAC_OVERRIDE), which takes effect in a new program."""
+    if os.geteuid() == 0:
+        PR_CAPBSET_DROP = 24  # linux/prctl.h
+        if ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, 1, 0, 0, 0):
+            sys.exit("cannot give it up")
+        os.execv(sys.executable, [sys.executable, "train.py", *sys.argv[2:]])
 
 
 def inject_memory(megabytes: str) -> None:
@@ -134,10 +135,10 @@ def inject_memory(megabytes: str) -> None:
     train.open_session = open_session
 
 
-def inject_record(folder: str) -> None:
-    """Write down which sequences this process reads."""
-    plain, start_of, here, lock = data.TrainBatches.batch, data.TrainBatches.start_of, threading.local(), threading.Lock()
-    file = open(Path(folder) / f"{os.getpid()}.jsonl", "a", encoding="utf-8")
+def inject_record(file: str) -> None:
+    """Write down which sequences each process reads."""
+    plain, start_of, here = data.TrainBatches.batch, data.TrainBatches.start_of, threading.local()
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)  # so each write() comes whole behind the others
 
     def noted(self, g: int) -> int:
         here.starts.append(start_of(self, g))
@@ -146,21 +147,16 @@ def inject_record(folder: str) -> None:
     def batch(self, step, micro, batch_size, accumulation, rank, world_size):
         here.starts = []  # batches are read in several threads
         found = plain(self, step, micro, batch_size, accumulation, rank, world_size)
-        with lock:
-            file.write(json.dumps([step, micro, rank, world_size, here.starts]) + "\n")
-            file.flush()
+        os.write(descriptor, (json.dumps([step, micro, rank, world_size, here.starts]) + "\n").encode())
         return found
 
     data.TrainBatches.batch, data.TrainBatches.start_of = batch, noted
 
 
 def main(argv: list[str]) -> None:
-    """Arrange what --inject=name=arguments says, then be train.py."""
-    where = argv.index("--")
-    for what in argv[:where]:
-        name, _, arguments = what.removeprefix("--inject=").partition("=")
-        globals()[f"inject_{name}"](*arguments.split(","))
-    train.main(argv[where + 1 :])
+    name, _, arguments = argv[0].partition("=")
+    globals()[f"inject_{name}"](*(arguments.split(",") if arguments else []))
+    train.main(argv[1:])
 
 
 if __name__ == "__main__":

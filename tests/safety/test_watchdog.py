@@ -55,36 +55,28 @@ def impatient(tiny_run, tmp_path) -> Config:
     return Config(**tiny_run | changes, out_dir=str(tmp_path / "run"))
 
 
+WAITS = r"rank 0 waits \([a-z ]+ step 3, at [a-z_/]+\.py:\d+\)"
+STUCK = r"rank 1 waits \([a-z ]+ step 3, at tests/safety/test_watchdog\.py:\d+\)"
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc here")
-@pytest.mark.parametrize("silent", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_a_process_that_does_not_answer_is_named(impatient, tmp_path, silent):
-    """By another, which ends; once it wakes up, it ends as well. What was saved stays."""
-    other = 1 - silent
-    with ranks.started(2, tmp_path / "ranks", halting, impatient, [silent], "stopped") as found:
-        until(lambda: stopped(found[silent].pid))
-        ranks.wait([found[other]], 20)
-        assert found[other].status == 2
-        (line,) = found[other].stderr.splitlines()
-        assert line.startswith(f"[rank {other}] error: nothing has finished for")
-        assert re.search(rf"rank {silent} does not answer; rank {other} waits \([a-z ]+ step 3, at [a-z_/]+\.py:\d+\); ", line)
-        assert "--resume" in line
-        os.kill(found[silent].pid, signal.SIGCONT)
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [("stopped", [r"rank 1 does not answer", WAITS]), pytest.param("asleep", [WAITS, STUCK], marks=pytest.mark.slow)],
+)
+def test_a_process_that_is_stuck_is_named(impatient, tmp_path, how, told):
+    """By one that answers: all others end, a stopped one once it wakes up. What was saved stays. One that is stuck in Python,
+    reading data for ever, say, tells its own line."""
+    with ranks.started(2, tmp_path / "ranks", halting, impatient, [1], how) as found:
+        ranks.wait([found[0]], 30)
+        if how == "stopped":
+            os.kill(found[1].pid, signal.SIGCONT)
         ranks.wait(found, 20)
-        assert found[silent].status not in (0, None)
+        assert found[0].status == 2
+        assert found[1].status not in (0, None)
+        (line,) = (found[0].stderr + found[1].stderr * (how == "asleep")).splitlines()
+    assert re.search(f"error: nothing has finished for .*{'; '.join(told)}; .*--resume", line)
     assert restore.newest(Path(impatient.out_dir)).name == "step_00000003"  # the best so far, by validation
-
-
-@pytest.mark.slow
-def test_a_process_that_is_stuck_in_python_is_named_with_its_line(impatient, tmp_path):
-    """Reading data for ever, say; the other one waits for it at a place of its own."""
-    with ranks.started(2, tmp_path / "ranks", halting, impatient, [1], "asleep") as found:
-        ranks.wait(found, 30)
-        assert [r.status for r in found] == [2, 2]
-        (line,) = (found[0].stderr + found[1].stderr).splitlines()
-    source = Path(__file__).read_text(encoding="utf-8").splitlines()
-    number = next(n for n, text in enumerate(source, 1) if "run.batches.batch = lambda *_: sleep(1000)" in text)
-    assert re.search(rf"rank 1 waits \([a-z ]+ step 3, at tests/safety/{Path(__file__).name}:{number}\)", line)
-    assert re.search(r"rank 0 waits \([a-z ]+ step 3, at [a-z_/]+\.py:\d+\)", line)
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc here")
@@ -102,8 +94,4 @@ def test_a_run_that_is_suspended_as_a_whole_continues_afterwards(impatient, tmp_
 
 
 def test_a_process_alone_is_not_watched():
-    watch = watchdog.Watchdog(parallel.World(), 0.01)
-    assert not watch.is_alive()
-    time.sleep(0.05)
-    watch.beat("anything")
-    watch.close()
+    assert not watchdog.Watchdog(parallel.World(), 0.01).is_alive()
