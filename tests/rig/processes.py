@@ -74,8 +74,6 @@ class Process:
         return found
 
     def pid_of(self, rank: int) -> int:
-        if self.ranks == 1:
-            return self.popen.pid
         found = [pid for pid, r in sorted(self.family().items()) if r == str(rank)]
         need(found, f"there is no process {rank}: {self.last_words()}")
         return found[0]
@@ -91,9 +89,9 @@ class Process:
         try:
             status = self.popen.wait(max(0.1, seconds))
         except subprocess.TimeoutExpired:
-            living, said = self.family(), self.last_words()
+            said = f"{len(self.family())} processes; last words: {self.last_words()}"
             self.kill()
-            raise Failed(f"still running {seconds:.0f} s later ({len(living)} processes); last words: {said}") from None
+            raise Failed(f"still running {seconds:.0f} s later, {said}") from None
         ended, deadline = time.monotonic(), time.monotonic() + 5
         while (left := self.family()) and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -130,8 +128,8 @@ def clean(done: Done, *words: str, within: float = PATIENCE) -> str:
     """Demand a clean failure (see runs.py) whose line holds all the words; returns the line."""
     need(done.status != 0, f"exit status 0, as if nothing had happened; stdout ends: {done.out[-200:]!r}")
     need(done.seconds <= within, f"took {done.seconds:.0f} s to fail")
-    _, traceback, rest = (done.out + done.err).partition("Traceback")
-    need(not traceback, f"a traceback: {' '.join([x for x in rest.splitlines()[1:] if not x.startswith(' ')][:1])[:300]}")
+    _, _, traceback = (done.out + done.err).partition("Traceback")
+    need(not traceback, f"a traceback: {traceback.strip()[-300:]}")
     need(len(done.errors()) == 1, f"{len(done.errors())} different error lines: {done.errors()} (status {done.status})")
     noise = [line for line in done.err.splitlines() if not KNOWN.match(line)]
     need(not noise, f"more than one line on stderr: {noise[:3]}")

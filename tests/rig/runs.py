@@ -26,6 +26,7 @@ from pathlib import Path
 from base import scripts
 from base.errors import UserError
 from base.files import sha256_of
+from base.scripts import read_log
 from engine import checkpoint, restore
 from rig.processes import PATIENCE, Done, Failed, Process, clean, need
 from safety import prove
@@ -39,7 +40,6 @@ FAULTS: dict[str, list[tuple[Callable, Tries]]] = {}  # each fault's parts: func
 def fault(id: str, tries: Tries = ((),)):
     """Registers a function as (a part of) the fault `id`. It does what the fault's title says, and raises Failed unless what is
     expected holds. It is called as run(box, *arguments) for each of the tries, in a quick test for the first only.
-
     tries: tuples, or single arguments, or a function of the box that finds them.
     """
 
@@ -66,13 +66,9 @@ def steps_saved(out: Path) -> list[int]:
     return found
 
 
-def log(out: Path) -> list[dict]:
-    return scripts.read_log(out)[0]
-
-
 def loss_apart(a: Path, b: Path) -> float:
     """The largest relative difference of a loss of two runs, which must have the same steps."""
-    left, right = ({r["step"]: r["loss"] for r in log(out) if "loss" in r} for out in (a, b))
+    left, right = ({r["step"]: r["loss"] for r in read_log(out)[0] if "loss" in r} for out in (a, b))
     need(left.keys() == right.keys(), f"the runs end at steps {max(left)} and {max(right)}")
     return max(abs(right[step] / left[step] - 1) for step in left)
 

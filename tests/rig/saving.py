@@ -17,7 +17,7 @@ from trained import edit_manifest
 from base.files import ROOT
 from corpus import shards
 from engine import checkpoint
-from rig.damage import put, refuses_data, refuses_to_resume, refuses_to_sample, rewrite, sealed
+from rig.damage import damaged, put, refuses_data, refuses_to_resume, refuses_to_sample, rewrite, sealed
 from rig.processes import PATIENCE, clean, need
 from rig.runs import Box, fault, same, steps_saved, undamaged
 
@@ -104,7 +104,7 @@ def bit_flipped(box: Box, n: int) -> None:
         box.fails(box.train(out, resume=True), "none of its 1 checkpoint(s) is usable")
 
 
-class Bomb:
+class Exit:
     """Whoever unpickles it ends at once, without the error line that is demanded."""
 
     def __reduce__(self):
@@ -113,8 +113,8 @@ class Bomb:
 
 def pickles(*names: str) -> list[tuple[Callable, str]]:
     """(a function that puts a pickle, a bare one or torch.save's, in place of a file in a folder; the file's name)."""
-    bare = [(rewrite(name, lambda _: pickle.dumps(Bomb(), 0)), name) for name in names]
-    return bare + [(lambda folder, name=name: torch.save(Bomb(), folder / name), name) for name in names]
+    bare = [(rewrite(name, lambda _: pickle.dumps(Exit(), 0)), name) for name in names]
+    return bare + [(lambda folder, name=name: torch.save(Exit(), folder / name), name) for name in names]
 
 
 fault("F06", pickles(*TENSORS, "config.json"))(refuses_to_resume)
@@ -128,7 +128,7 @@ def hugging_face_pickle(box: Box) -> None:
     folder.mkdir()
     sizes = dict(model_type="gpt2", n_layer=1, n_head=1, n_embd=8, vocab_size=50257, n_positions=8)
     (folder / "config.json").write_text(json.dumps(sizes))
-    torch.save(Bomb(), folder / "pytorch_model.bin")
+    torch.save(Exit(), folder / "pytorch_model.bin")
     box.fails(box.sample(folder), "never opened")
 
 
@@ -153,10 +153,9 @@ def wrong_tensors(box: Box, name: str, word: str) -> None:
 
 @fault("F08")
 def unknown_version(box: Box) -> None:
-    out = box.copy_of(box.whole(), upto=4)
-    edit_manifest(out / "step_00000004", lambda values: values.update(format=99))
-    box.fails(box.sample(out / "step_00000004"), "checkpoint format 99", f"reads {checkpoint.FORMAT}")
-    process = box.train(out, resume=True)
+    folder = damaged(box, lambda folder: edit_manifest(folder, lambda values: values.update(format=99)))
+    box.fails(box.sample(folder), "checkpoint format 99", f"reads {checkpoint.FORMAT}")
+    process = box.train(folder.parent, resume=True)
     box.fails(process, "none of its 1 checkpoint(s) is usable")
     need("checkpoint format 99" in process.wait().out, "the resumed run does not report why")
 

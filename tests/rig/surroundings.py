@@ -11,12 +11,13 @@ from collections.abc import Callable
 
 import numpy as np
 
+from base.scripts import read_log
 from corpus import shards
 from rig.damage import put, refuses_data, refuses_to_resume, rewrite, sealed
 from rig.processes import PATIENCE, START, clean, need
-from rig.runs import TINY, Box, fault, log, loss_apart, same, steps_saved
+from rig.runs import TINY, Box, fault, loss_apart, same, steps_saved
 
-TRAIN, VAL = "train_000000.bin", "val_000000.bin"
+TRAIN, VAL, HEADER = "train_000000.bin", "val_000000.bin", shards.HEADER_BYTES
 
 # ---- data -------------------------------------------------------------------------------------------------------------
 
@@ -32,7 +33,7 @@ fault("F22", [(rewrite(name, change), f"tiny/{name}", "prepare") for name, chang
 def token_beyond_vocabulary(box: Box, size: int) -> None:
     """In a small shard, which is read through at the start; in one of 70 MB, which is looked at as it is read."""
     content = (box.stage.data / "tiny" / TRAIN).read_bytes()
-    head, tokens = content[: shards.HEADER_BYTES], np.frombuffer(content, "<u2", offset=shards.HEADER_BYTES).copy()
+    head, tokens = content[:HEADER], np.frombuffer(content, "<u2", offset=HEADER).copy()
     place = box.random.randrange(len(tokens))
     if size:  # the second half is bad: the first step of 8 sequences meets it, or the second
         tokens = np.resize(tokens, size)
@@ -50,15 +51,14 @@ def token_beyond_vocabulary(box: Box, size: int) -> None:
 
 def shortened(count: int) -> Callable:
     """A function that cuts the validation shard off after so many tokens, in a data set that is consistent in itself."""
-    return sealed(rewrite(VAL, lambda b: put(20, struct.pack("<Q", count))(b)[: shards.HEADER_BYTES + 2 * count]))
+    return sealed(rewrite(VAL, lambda b: put(20, struct.pack("<Q", count))(b)[: HEADER + 2 * count]))
 
 
 MISSING = [(lambda folder: (folder / VAL).unlink(), VAL), (rewrite(VAL, lambda _: b""), VAL), (shutil.rmtree, "tiny")]
 fault("F24", [*MISSING, *((shortened(count), "the validation split") for count in (0, 20))])(refuses_data)
 
 ONE_TOKEN = rewrite(TRAIN, lambda b: b[:1000] + bytes([b[1000] ^ 1]) + b[1001:])
-H = shards.HEADER_BYTES
-BACKWARDS = sealed(rewrite(TRAIN, lambda b: b[:H] + np.frombuffer(b[H:], "<u2")[::-1].tobytes()))
+BACKWARDS = sealed(rewrite(TRAIN, lambda b: b[:HEADER] + np.frombuffer(b[HEADER:], "<u2")[::-1].tobytes()))
 
 
 @fault("F25", [(ONE_TOKEN, "is damaged"), (sealed(ONE_TOKEN), "changed since"), (BACKWARDS, "changed since")])
@@ -212,7 +212,7 @@ def no_compiler(box: Box) -> None:
     bare, out = dict(PATH=str(box.folder), CXX=None, CC=None), box.path()
     done = box.trained(out, env=bare, compile="auto")
     need("compile = False (there is no C++ compiler" in done.out, "it was not reported")
-    on = next(r["effective"] for r in log(out) if "effective" in r)
+    on = next(r["effective"] for r in read_log(out)[0] if "effective" in r)
     need(on["compile"] is False, "effective() says it was compiled")
     same(box.whole(), out)
     box.refused(box.path(), "compile=True is not available", "--compile=False", env=bare, compile=True)

@@ -26,8 +26,6 @@ from engine.outliers import TrainingStopped
 from engine.run import Run, build
 from safety.capsule import first_nonfinite_module
 
-pytestmark = pytest.mark.usefixtures("own_signals")
-
 # ---- where it went wrong ------------------------------------------------------------------------------------------------
 
 BEFORE = torch.get_rng_state()

@@ -1,4 +1,5 @@
-"""watchdog.py: a process that is stuck is named, and all end; one that merely sleeps with all others is not."""
+"""watchdog.py: a process that is stuck is named, and all end; one that merely sleeps with all others is not. And of stop.py
+what the faults, which send signals to real runs, leave out."""
 
 import os
 import re
@@ -8,12 +9,17 @@ from pathlib import Path
 
 import pytest
 import ranks
+import torch
+from processes import state, wait_until
 
 import train
 from base import errors
 from configurator import Config
 from engine import parallel, restore
 from safety import watchdog
+from safety.stop import Stop
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc here")
 
 
 def halting(cfg: Config, halt: list[int], how: str) -> None:
@@ -35,17 +41,6 @@ def halting(cfg: Config, halt: list[int], how: str) -> None:
     errors.entry(lambda _: train.train(cfg))
 
 
-def stopped(pid: int) -> bool:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-
-
-def until(condition, timeout: float = 30.0) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 SECONDS = 2.4  # without a step, until a run is taken to be stuck
 
 
@@ -59,7 +54,6 @@ WAITS = r"rank 0 waits \([a-z ]+ step 3, at [a-z_/]+\.py:\d+\)"
 STUCK = r"rank 1 waits \([a-z ]+ step 3, at tests/safety/test_watchdog\.py:\d+\)"
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc here")
 @pytest.mark.parametrize(
     ("how", "told"),
     [("stopped", [r"rank 1 does not answer", WAITS]), pytest.param("asleep", [WAITS, STUCK], marks=pytest.mark.slow)],
@@ -79,12 +73,11 @@ def test_a_process_that_is_stuck_is_named(impatient, tmp_path, how, told):
     assert restore.newest(Path(impatient.out_dir)).name == "step_00000003"  # the best so far, by validation
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc here")
 @pytest.mark.slow
 def test_a_run_that_is_suspended_as_a_whole_continues_afterwards(impatient, tmp_path):
     """By a scheduler, or a laptop's lid: nobody is stuck, and the time does not count."""
     with ranks.started(2, tmp_path / "ranks", halting, impatient, [0, 1], "stopped") as found:
-        until(lambda: all(stopped(r.pid) for r in found))
+        wait_until(lambda: all(state(r.pid) == "T" for r in found), "all are stopped")
         time.sleep(1.6 * SECONDS)
         for r in found:
             os.kill(r.pid, signal.SIGCONT)
@@ -95,3 +88,11 @@ def test_a_run_that_is_suspended_as_a_whole_continues_afterwards(impatient, tmp_
 
 def test_a_process_alone_is_not_watched():
     assert not watchdog.Watchdog(parallel.World(), 0.01).is_alive()
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_end_of_the_step():
+    stop = Stop(Config(), torch.device("cpu"))
+    stop()
+    signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
