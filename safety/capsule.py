@@ -90,35 +90,24 @@ class ReplayBatch:
 
 def report(run: Run, out: Path, stopped: TrainingStopped, snapshot: checkpoint.Snapshot) -> str:
     """Write the capsule of a step that was stopped; returns the error message. Every process must call it."""
-    states = parallel.gather(stopped.random_before.to(run.device))
-    snapshot = replace(snapshot, random_states=[state.cpu() for state in states])
+    step, world, folder = stopped.step, run.world, out / f"crash_{stopped.step + 1:08d}"
+    states = [state.cpu() for state in parallel.gather(stopped.random_before.to(run.device))]
     try:
-        folder, module = write_capsule(run, out, stopped, snapshot)
+        module = first_nonfinite_module(run, step, stopped.random_before)
+        weights = {n: full(t) for n, t in snapshot.weights.items()}
+        if world.is_main:
+            shares = (run.micro_batch, run.accumulation)
+            cut = [[run.batches.batch(step, m, *shares, r, world.size) for r in range(world.size)] for m in range(shares[1])]
+            inputs, targets = (torch.stack([torch.stack([part[i] for part in row]) for row in cut]) for i in (0, 1))
+            crash = {"step": step + 1, "reason": str(stopped), "first_wrong": module}
+            crash |= {"processes": world.size, "micro_batch": run.micro_batch, "accumulation": run.accumulation}
+            snapshot = replace(snapshot, random_states=states, extra=snapshot.extra | {"crash": crash})
+            tensors = {"model": weights, "training": snapshot.random, "batch": {"inputs": inputs, "targets": targets}}
+            checkpoint.write(folder, snapshot, {f"{name}.safetensors": content for name, content in tensors.items()})
     except UserError as e:
         return f"{stopped}; no crash capsule could be written: {e}"
     again = f"python train.py --replay {folder} --dtype=float32"
     return f"{stopped}. First wrong: {module}. To run that step again: {again}"
-
-
-def write_capsule(run: Run, out: Path, stopped: TrainingStopped, snapshot: checkpoint.Snapshot) -> tuple[Path, str]:
-    """Write the capsule of a step that was stopped; returns (its folder, the first module that went wrong). Every process must
-    call it; the main one writes.
-    """
-    step, world = stopped.step, run.world
-    module = first_nonfinite_module(run, step, stopped.random_before)
-    folder = out / f"crash_{step + 1:08d}"
-    weights = {n: full(t) for n, t in snapshot.weights.items()}
-    if world.is_main:
-        shares = (run.micro_batch, run.accumulation)
-        cut = [[run.batches.batch(step, m, *shares, r, world.size) for r in range(world.size)] for m in range(shares[1])]
-        inputs, targets = (torch.stack([torch.stack([part[i] for part in row]) for row in cut]) for i in (0, 1))
-        batch = {"inputs": inputs, "targets": targets}
-        crash = {"step": step + 1, "reason": str(stopped), "first_wrong": module}
-        crash |= {"processes": world.size, "micro_batch": run.micro_batch, "accumulation": run.accumulation}
-        tensors = {"model": weights, "training": snapshot.random, "batch": batch}
-        snapshot = replace(snapshot, extra=snapshot.extra | {"crash": crash})
-        checkpoint.write(folder, snapshot, {f"{name}.safetensors": content for name, content in tensors.items()})
-    return folder, module
 
 
 def full(t: Tensor) -> Tensor:
