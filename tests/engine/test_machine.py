@@ -231,8 +231,6 @@ def test_more_than_is_free_is_refused_instead_of_granted(tmp_path, share, proces
     ],
 )
 def test_hardware_has_the_name_that_people_use(monkeypatch, cpuinfo, name):
-    """CPUs of one name are told apart."""
-
     def read_text(*_, **__):
         if cpuinfo is None:
             raise FileNotFoundError
@@ -246,7 +244,6 @@ def test_hardware_has_the_name_that_people_use(monkeypatch, cpuinfo, name):
 
 
 def test_a_machine_is_described_in_json_values(root, monkeypatch):
-    """With the commit, where the source tree has one."""
     where = machine.describe(CPU)
     assert (where["device"], where["torch"]) == ("cpu", torch.__version__)
     assert all(v is None or isinstance(v, str | int | bool) for v in where.values())

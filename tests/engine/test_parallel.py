@@ -1,6 +1,4 @@
-"""parallel.py: however many processes there are and whatever they share out, they train what one process would have trained,
-and they find out when they disagree.
-"""
+"""parallel.py: however many processes there are, they train what one would have trained, or find out that they disagree."""
 
 import os
 import re
@@ -15,6 +13,7 @@ import pytest
 import ranks
 import torch
 from runs import equal, merged, state
+from spoil import spoiled
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -24,7 +23,7 @@ from base import errors
 from base.errors import UserError
 from configurator import Config
 from engine import effective, machine, parallel, restore
-from engine.run import build
+from engine.run import Run, build
 from model import GPT
 from safety import prove
 
@@ -69,7 +68,6 @@ VARIANTS = {  # name -> (settings, the kinds, how near the numbers must be; para
     ],
 )
 def test_all_kinds_train_what_one_process_trains(cfg, tmp_path, world, variant):
-    """Losses, gradient norms and every parameter after 5 steps."""
     settings, kinds, near = VARIANTS[variant]
     cfg = replace(cfg, **settings)
     alone = learn(cfg)
@@ -171,7 +169,6 @@ def sabotaged(cfg: Config, how: str) -> tuple[str, list[str]]:
     ("kind", "how"), [("fsdp", "replicated"), ("zero1", "whole moments"), ("ddp", "bare"), ("zero1", "bare")]
 )
 def test_sharing_that_does_not_happen_is_found(cfg, tmp_path, kind, how):
-    """Of the bare model, gradients are not even averaged."""
     for on, wrong in ranks.run(2, tmp_path / "ranks", sabotaged, replace(cfg, parallel=kind), how):
         assert on != kind
         assert [w for w in wrong if w.startswith(f"parallel={kind!r} was asked for")], wrong
@@ -218,7 +215,6 @@ def test_a_run_does_not_begin_unless_all_ranks_agree(cfg, tmp_path, text, what, 
 
 
 def flip(parameter: torch.Tensor, place: int, bit: int) -> None:
-    """Change one bit of one number."""
     bits = parameter.detach().view(torch.int32).view(-1)
     bits[place] ^= torch.tensor(1 << bit if bit < 31 else -(2**31), dtype=torch.int32)
 
@@ -244,15 +240,11 @@ def test_a_single_flipped_bit_is_found_and_named(cfg, tmp_path):
 
 
 def flip_in_a_run(cfg: Config) -> None:
-    plain = train.train_step
-
-    def train_step(run, step):
-        numbers = plain(run, step)
-        if step == 2 and run.world.rank == 1:
+    def flipped(run: Run) -> None:
+        if run.world.rank == 1:
             flip(run.model.transformer.ln_f.weight, 3, 20)
-        return numbers
 
-    train.train_step = train_step
+    spoiled(pytest.MonkeyPatch(), train, flipped, 4)
     errors.entry(lambda _: train.train(cfg))
 
 
@@ -288,7 +280,6 @@ def test_the_code_hash_covers_every_room(tmp_path, root, monkeypatch):
             seen.add(parallel.code_sha256())
     left_out = ("tests/", "config/", "docs/", ".")
     assert covered == {n for n in names if n.endswith((".py", ".c")) and not n.startswith(left_out)}
-    assert {"train.py", "kernels/decode.c", "engine/run.py", "base/files.py"} <= covered
 
 
 def unreachable(_: object) -> None:

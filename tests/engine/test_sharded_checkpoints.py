@@ -1,6 +1,4 @@
-"""Checkpoints of several processes: any layout resumes any other, shares that do not fit are refused, and full disks are
-survived by all.
-"""
+"""Checkpoints of several processes: any layout resumes any other, odd shares are refused, full disks are survived by all."""
 
 import os
 import pickle
@@ -80,21 +78,15 @@ def saved(tiny_run, tmp_path_factory) -> dict[tuple[str, int], tuple]:
 
 @pytest.mark.parametrize(("kind", "world"), [*LAYOUTS[:3], pytest.param(*LAYOUTS[3], marks=pytest.mark.slow)])
 def test_any_layout_resumes_any_other(cfg, saved, tmp_path, kind, world):
-    """Weights, moments and step counters bit for bit; then the same losses, within the rounding of other sums."""
+    """Bit for bit, then the same losses within the rounding of other sums; and each layout is a model to sample from."""
     cfg, folders = replace(cfg, parallel=kind), [out for out, _, _ in saved.values()]
     parts = ranks.run(world, tmp_path / "ranks", resumed, cfg, folders) if world > 1 else [resumed(cfg, folders)]
     for number, (_, expected, losses) in enumerate(saved.values()):
         assert len(expected) == 4 * len(list(GPT(cfg).named_parameters()))
         assert equal(merged([p[number][0] for p in parts]), expected)
         assert parts[0][number][1] == pytest.approx(losses, rel=1e-5)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_layout_is_a_model_to_sample_from(saved, layout):
-    out, expected, _ = saved[layout]
-    model, _ = restore.load_model(str(out))
-    assert equal({n: p.detach() for n, p in model.named_parameters()}, {n: expected[n] for n, _ in model.named_parameters()})
-    assert (model.lm_head.weight is model.transformer.wte.weight) == model.cfg.tie_weights
+    model = restore.load_model(str(saved[kind, world][0]))[0]
+    assert equal(dict(model.named_parameters()), {n: saved[kind, world][1][n] for n, _ in model.named_parameters()})
 
 
 @pytest.mark.parametrize("layout", [("zero1", 2), ("fsdp", 4)])
@@ -189,8 +181,7 @@ def test_shared_saves_survive_a_full_disk(cfg, tmp_path, kind, where, rank):
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize("why", ["not a run", "No space left on device"])
 def test_what_only_the_first_process_finds_ends_all(cfg, tmp_path, kind, why):
-    """It reports why; the others, which lose it in the middle of an exchange, do not bury that under tracebacks. At the end a
-    save that fails is an error."""
+    """It reports why, and the others do not bury that under tracebacks. At the end, a save that fails is an error."""
     if why == "not a run":
         Path(cfg.out_dir).mkdir()
         (Path(cfg.out_dir) / "thesis.txt").write_text("years of work")
