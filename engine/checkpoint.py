@@ -295,7 +295,7 @@ class Saver:
                 new_folder(folder)
             except OSError as e:
                 failed = e.strerror or str(e)
-        if self._any(failed is not None):
+        if parallel.any_rank(failed is not None, torch.device("cpu"), self.group):
             raise save_error(final, failed or "process 0 cannot create the folder")
         try:
             writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
@@ -303,12 +303,6 @@ class Saver:
         except dcp.CheckpointException as e:  # raised in every process if it is in one
             shutil.rmtree(folder, ignore_errors=True)
             raise save_error(final, next(iter(e.failures.values()))[0]) from None
-
-    def _any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process. Asked in the process group of the saver threads."""
-        flags = torch.tensor(float(flag))
-        dist.all_reduce(flags, group=self.group)
-        return flags.item() > 0
 
     def done(self) -> bool:
         """Whether a save has finished that wait() has not returned yet."""

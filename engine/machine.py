@@ -103,10 +103,8 @@ def gpu_abilities(capability: float) -> Abilities:
 
 
 def not_available(cfg: Config, device: torch.device, able: Abilities | None = None) -> str | None:
-    """Why this device cannot run a config, with the remedy; None if it can. An "auto" is never a reason. This is the one place
-    that knows before a run; what is available and still has no effect, effective() finds after its first step.
-
-    able: the abilities of a device that is not here.
+    """Why this device (able: one that is not here, of these abilities) cannot run a config, with the remedy; None if it can. An
+    "auto" is never a reason. What is available and still has no effect, effective() finds after the first step.
     """
     kind, able = device.type, able or abilities(device)
     precisions = {"cuda": ("ieee", "tf32"), "cpu": ("ieee", "tf32", "bf16"), "mps": ("ieee",)}[kind]
@@ -130,10 +128,7 @@ def not_available(cfg: Config, device: torch.device, able: Abilities | None = No
 
 
 def resolve(cfg: Config, device: torch.device, able: Abilities | None = None) -> tuple[Config, list[str]]:
-    """(cfg without any "auto", a line on each choice). UserError if a setting is not available on this device.
-
-    able: the abilities of a device that is not here.
-    """
+    """(cfg without any "auto", a line on each choice). UserError if a setting is not_available()."""
     able = able or abilities(device)
     choices = {
         "device": (device.type, None),

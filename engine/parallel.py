@@ -44,7 +44,6 @@ class World:
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0
     store: dist.Store | None = field(default=None, repr=False)  # key-value store shared by all; None in a lone process
 
     @property
@@ -83,9 +82,9 @@ def start(device: torch.device, timeout_minutes: float = 10.0) -> World:
     UserError if the processes do not find each other. A collective fails a minute after timeout_minutes: by then the watchdog
     has reported which process is stuck.
     """
-    rank, size, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
-        return World(rank, size, local_rank)
+        return World()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:  # torchrun gives each process one thread, however many cores there are
@@ -105,7 +104,7 @@ def start(device: torch.device, timeout_minutes: float = 10.0) -> World:
         reason = str(e).strip().partition("\n")[0]
         address = f"{host or '(no MASTER_ADDR)'}:{port or '(no MASTER_PORT)'}"
         raise UserError(f"process {rank} of {size} could not join the others at {address} ({reason}): {REMEDY}") from None
-    return World(rank, size, local_rank, store)
+    return World(rank, size, store)
 
 
 def stop() -> None:
@@ -219,9 +218,13 @@ def all_reduce_sum(value: Tensor) -> Tensor:
     return value
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set in any process; every process gets the same answer."""
-    return all_reduce_sum(torch.tensor(float(flag), device=device)).item() > 0 if dist.is_initialized() else flag
+def any_rank(flag: bool, device: torch.device, group: dist.ProcessGroup | None = None) -> bool:
+    """Whether the flag is set in any process (of a group); every process gets the same answer."""
+    if not dist.is_initialized():
+        return flag
+    flags = torch.tensor(float(flag), device=device)
+    dist.all_reduce(flags, group=group)
+    return flags.item() > 0
 
 
 def gather(value: Tensor) -> list[Tensor]:

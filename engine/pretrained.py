@@ -171,10 +171,10 @@ def load_hub(name: str) -> GPT:
     return load_hf_dir(Path(folder))
 
 
-def save_hf_dir(model: GPT, folder: Path) -> None:
-    """Write config.json and model.safetensors in the Hugging Face layout."""
+def save_hf_dir(model: GPT, folder: Path, **more: object) -> None:
+    """Write config.json, with some values more, and model.safetensors in the Hugging Face layout."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "config.json", json.dumps(config_to_hf(model.cfg), indent=1).encode())
+    write_atomically(folder / "config.json", json.dumps(config_to_hf(model.cfg) | more, indent=1).encode())
     write_atomically(folder / "model.safetensors", safetensors.torch.save(to_hf_state(model), metadata={"format": "pt"}))
 
 
@@ -286,10 +286,8 @@ def export_hf(model: GPT, tokenizer: Tokenizer, to: Path, say: Callable[[str], N
     temporary = to.absolute().with_name(f".{to.absolute().name}.{os.getpid()}")
     difference = None
     try:
-        save_hf_dir(model.eval(), temporary)
-        ends = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
-        config = json.dumps(config_to_hf(model.cfg) | ends, indent=1).encode()
-        for name, content in {"config.json": config, **tokenizer_files(tokenizer, model.cfg.block_size)}.items():
+        save_hf_dir(model.eval(), temporary, bos_token_id=tokenizer.end_of_text, eos_token_id=tokenizer.end_of_text)
+        for name, content in tokenizer_files(tokenizer, model.cfg.block_size).items():
             write_atomically(temporary / name, content)
         if find_spec("transformers"):
             difference, largest = compare(model, tokenizer, temporary)

@@ -159,8 +159,7 @@ def load_weights(folder: Path, model: GPT) -> None:
         if model.lm_head.weight.is_meta:
             model.to_empty(device="cpu")
             model.tie_weights()
-        names = [n for n, _ in model.named_parameters()]
-        fill(folder, {n: p.detach() for n, p in model.named_parameters()}, {f"{k}.{n}" for k in MOMENTS for n in names})
+        fill(folder, {n: p.detach() for n, p in model.named_parameters()}, model)
 
 
 def load_training(folder: Path, model: GPT, optimizer: torch.optim.Optimizer, rank: int, device: torch.device) -> dict:
@@ -173,8 +172,7 @@ def load_training(folder: Path, model: GPT, optimizer: torch.optim.Optimizer, ra
         counter = torch.zeros((), device=device if kept.defaults["fused"] else "cpu")
         kept.state[p] = {"step": counter, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     wanted = {f"{kind}.{n}": kept.state[p][kind] for n, p in model.named_parameters() if p in mine for kind in MOMENTS}
-    weights = {n for n, _ in model.named_parameters()}
-    fill(folder, wanted, weights | {f"{kind}.{n}" for n in weights for kind in MOMENTS})
+    fill(folder, wanted, model)
     where = folder / ("training.safetensors" if (folder / "training.safetensors").is_file() else "random.safetensors")
     with safetensors.safe_open(where, framework="pt") as f:
         states = f.get_tensor(f"random.{rank}") if f"random.{rank}" in f.keys() else None  # noqa: SIM118 (it is no dict)
@@ -211,9 +209,9 @@ def read_training(folder: Path) -> dict:
 # ---- tensors, whole or in shards --------------------------------------------------------------------------------------
 
 
-def fill(folder: Path, wanted: dict[str, Tensor], others: set[str]) -> None:
+def fill(folder: Path, wanted: dict[str, Tensor], model: GPT) -> None:
     """Copy tensors by name out of a folder's safetensors files into `wanted`. Both may be sharded or whole. UserError if one is
-    missing or has another shape or dtype, or if the files have one that is in neither `wanted` nor `others`.
+    missing or has another shape or dtype, or if the files have one that is neither a weight nor a moment of the model.
     """
     check_dtypes(folder, wanted)
     import torch.distributed.checkpoint as dcp  # half a second, only where a run resumes
@@ -229,13 +227,13 @@ def fill(folder: Path, wanted: dict[str, Tensor], others: set[str]) -> None:
         if name not in found:
             where = folder / ("training.safetensors" if name.partition(".")[0] in MOMENTS else "model.safetensors")
             raise UserError(f"{where if where.is_file() else folder}: {name} is missing")
-        size, dtype = found[name].size, found[name].properties.dtype
-        if size != tensor.shape or dtype != tensor.dtype:
-            expected = f"{tensor.dtype} of shape {list(tensor.shape)}"
-            raise UserError(f"{files[name]}: {name} is {dtype} of shape {list(size)}, expected {expected}")
+        size = found[name].size
+        if size != tensor.shape:
+            raise UserError(f"{files[name]}: {name} has shape {list(size)}, expected {list(tensor.shape)}")
         if not covers(found[name].chunks, size):
             raise UserError(f"{folder}: the shards of {name} do not cover it")
-    if unknown := sorted(n for n in found if n not in wanted and n not in others and not n.startswith("random.")):
+    known = {f"{kind}{n}" for n, _ in model.named_parameters() for kind in ("", *(f"{kind}." for kind in MOMENTS))}
+    if unknown := sorted(n for n in found if n not in known and not n.startswith("random.")):
         raise UserError(f"{files[unknown[0]]}: {unknown[0]} does not belong to this model")
     try:
         with warnings.catch_warnings(action="ignore"):  # about no_dist

@@ -122,17 +122,15 @@ def start_from(model: GPT, where: str) -> None:
     """Copy the weights of another model. It may have more positions (the first are taken) and other padding."""
     cfg, (other, _) = model.cfg, restore.load_model(where)
     for name in ("n_layer", "n_head", "n_embd", "vocab_size", "tie_weights"):
-        if getattr(cfg, name) != getattr(other.cfg, name):
-            value = getattr(other.cfg, name)
+        if (value := getattr(other.cfg, name)) != getattr(cfg, name):
             raise UserError(f"init_from={where} has {name}={value}, this model {getattr(cfg, name)}: use --{name}={value}")
-    if other.cfg.block_size < cfg.block_size:
-        known = other.cfg.block_size
+    if (known := other.cfg.block_size) < cfg.block_size:
         raise UserError(f"init_from={where} has {known} positions, block_size is {cfg.block_size}: use --block_size={known}")
     theirs = dict(other.named_parameters())
     for name, p in model.named_parameters():
         if name not in theirs:
             raise UserError(f"init_from={where} has no {name}: use --bias=False")
-        rows = {"transformer.wpe.weight": cfg.block_size}.get(name, min(len(p), len(theirs[name])))
+        rows = min(len(p), len(theirs[name]))
         p[:rows] = theirs[name][:rows].to(p)
 
 
