@@ -282,22 +282,6 @@ def test_the_code_hash_covers_every_room(tmp_path, root, monkeypatch):
     assert covered == {n for n in names if n.endswith((".py", ".c")) and not n.startswith(left_out)}
 
 
-def unreachable(_: object) -> None:
-    parallel.MEETING_SECONDS = 0.5
-    parallel.start(CPU)
-
-
-def test_a_rendezvous_that_is_not_there_ends_in_one_line(tmp_path):
-    """Soon, though torch's own client would try for minutes."""
-    with ranks.started(2, tmp_path / "ranks", unreachable, None, agent=False) as found:
-        found[0].process.kill()
-        ranks.wait(found, 30)
-        (line,) = found[1].stderr.splitlines()
-    assert found[1].status == 2
-    message = r"\[rank 1\] error: process 1 of 2 could not reach the rendezvous at 127\.0\.0\.1:\d+: start all with one"
-    assert re.match(message, line)
-
-
 # ---- torchrun itself -----------------------------------------------------------------------------------------------------
 
 

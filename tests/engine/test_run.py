@@ -10,10 +10,26 @@ from runs import assert_same, events, records, weights
 
 import optim
 import train
+from base.errors import UserError
 from configurator import Config
+from engine import restore
 from engine.run import Run, build
 
 pytestmark = pytest.mark.usefixtures("own_signals")
+
+
+def test_training_starts_from_another_models_weights(cfg, tmp_path):
+    """Which has more positions and other padding. What does not fit is refused with the flag that does."""
+    cfg = replace(cfg, vocab_multiple=1, bias=False, init_from=str(tmp_path / "other"))
+    other = replace(cfg, init_from="", out_dir=cfg.init_from, block_size=48, tokens_per_step=48, vocab_multiple=64, max_steps=1)
+    train.train(other)
+    theirs = dict(restore.load_model(cfg.init_from)[0].named_parameters())
+    for name, p in build(cfg).model.named_parameters():
+        assert torch.equal(p, theirs[name][: len(p)])
+    misfits = {"n_head=2": dict(n_head=1), "block_size=48": dict(block_size=64), "bias=False": dict(bias=True)}
+    for flag, changes in misfits.items():
+        with pytest.raises(UserError, match=f"use --{flag}"):
+            build(replace(cfg, **changes))
 
 
 # ---- too little memory ------------------------------------------------------------------------------------------------
