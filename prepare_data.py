@@ -16,6 +16,7 @@ hundredth validates, from the first on, whatever the size of shards. Texts are U
 """
 
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -286,9 +287,9 @@ def make(cfg: PrepareConfig, patterns: list[str]) -> tuple[Plan, dict]:
     if not cfg.force and os.path.isfile(folder / shards.MANIFEST):
         raise UserError(f"{folder} already exists: use --force to replace it, or --name=another")
     if os.path.isdir(folder) and not any((folder / name).is_file() for name in (shards.MANIFEST, writing.PROGRESS)):
-        ours = {".lock", "tokenizer.json"}
+        first = re.compile(rf"\.lock|tokenizer\.json|{writing.TEMPORARY}")  # all there is of work killed at its very start
         names = {p.name for p in folder.iterdir()}
-        if not any(writing.OURS.fullmatch(n) for n in names) and any(n not in ours for n in names):
+        if not any(writing.OURS.fullmatch(n) for n in names) and not all(first.fullmatch(n) for n in names):
             raise UserError(f"{folder} has other files in it: use --name=another")
     return todo, prepare(cfg, todo)
 

@@ -32,6 +32,7 @@ SAVE_SECONDS = 10.0  # between two saves of the progress: what a kill costs at m
 LOG_SECONDS = 60.0  # between two lines of it where there is no terminal for a bar
 BATCH = 2**19  # characters or bytes; a worker takes 25 ms for them
 OURS = re.compile(r"(train|val|test)_\d{6}\.bin(\.partial)?")
+TEMPORARY = r"\.\w+\.json\.\d+"  # what a kill leaves of write_atomically()'s
 
 
 class ShardWriter:
@@ -255,7 +256,7 @@ def read_progress(folder: Path, request: dict) -> dict:
 
 def clean(folder: Path, finished: bool) -> None:
     """Remove what a killed run has left half written; unless finished, also what it has written."""
-    half = rf"{re.escape(PROGRESS)}|\.\w+\.json\.\d+"  # the latter are write_atomically's
+    half = rf"{re.escape(PROGRESS)}|{TEMPORARY}"
     written = rf"{re.escape(shards.MANIFEST)}|{OURS.pattern}"
     for path in folder.iterdir():
         if re.fullmatch(half if finished else f"{half}|{written}", path.name):

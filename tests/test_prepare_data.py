@@ -6,14 +6,12 @@ import json
 import os
 import shlex
 import shutil
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ranks
 from runs import contents
 
 import configurator
@@ -131,9 +129,7 @@ ROWS, LETTERS, LONG = b"a,b\n" * 1000, b"axbxcx" * 100, "x" * 300
         ("a.txt", LETTERS, ["shakespeare", "--name=" + "é" * 150], "at most 200 bytes"),
     ],
 )
-def test_a_text_or_a_setting_that_cannot_be_used_is_refused_before_anything_is_written(
-    tmp_path, prepare, name, content, argv, message
-):
+def test_what_cannot_be_used_is_refused_before_anything_is_written(tmp_path, prepare, name, content, argv, message):
     if content is None:
         (tmp_path / name).mkdir()
     else:
@@ -296,91 +292,47 @@ def test_the_shards_do_not_depend_on_processes_or_batches(corpus, straight, tmp_
     assert contents(tmp_path / "made") == contents(straight)
 
 
-class Killed(BaseException):
-    """Nothing may catch this one."""
+def killed_at(stop: int, argv: list[str]) -> None:
+    """Prepare, and end without a word before that flush to the disk or renaming: the moments between which files differ."""
+    writing.BATCH, writing.SAVE_SECONDS = 40_000, 0.0
+    calls = itertools.count(1)
+
+    def dying(plain):
+        return lambda *args: os._exit(9) if next(calls) == stop else plain(*args)
+
+    os.fsync, os.replace = dying(lambda _: None), dying(os.replace)
+    prepare_data.main(argv)
 
 
-def test_interrupted_anywhere_it_resumes_to_the_same_bytes(corpus, straight, tmp_path, monkeypatch, capsys):
-    """Stopped before each flush to the disk and each renaming, in turn: the moments between which files differ."""
-    monkeypatch.setattr(writing, "BATCH", 40_000)
-    monkeypatch.setattr(writing, "SAVE_SECONDS", 0.0)
-    plain = {name: getattr(os, name) for name in ("fsync", "replace")}
-    left, resumed = 0, 0
-
-    def counting(name):
-        def call(*args):
-            nonlocal left
-            left -= 1
-            if left == 0:
-                raise Killed
-            return None if name == "fsync" else plain[name](*args)
-
-        return call
-
-    for name in plain:
-        monkeypatch.setattr(os, name, counting(name))
+def test_killed_anywhere_it_resumes_to_the_same_bytes(corpus, straight, tmp_path, capsys):
+    resumed = 0
     for stop in itertools.count(1):
-        left, folder = stop, tmp_path / f"{stop}"
-        try:
-            prepare_data.main(arguments(corpus, folder, "--processes=1"))
-        except Killed:
-            assert not (folder / "made" / shards.MANIFEST).exists()
-        else:
+        argv, made = arguments(corpus, tmp_path / "data", "--processes=1"), tmp_path / "data" / "made"
+        with ranks.started(1, tmp_path / f"{stop}", killed_at, stop, argv) as started:
+            ranks.wait(started)
+        if started[0].status == 0:
             break
+        assert started[0].status == 9
+        assert not (made / shards.MANIFEST).exists()
         capsys.readouterr()
-        left = 0
-        prepare_data.main(arguments(corpus, folder, "--processes=1"))
+        prepare_data.main(argv)
         resumed += "resuming where it stopped" in capsys.readouterr().out
-        assert contents(folder / "made") == contents(straight)
-        shutil.rmtree(folder)
+        assert contents(made) == contents(straight)
+        shutil.rmtree(made)
     assert stop > 40
     assert resumed > stop - 10  # all but the first few, before which there was nothing
-
-
-PROGRAM = """
-import sys, time
-import prepare_data
-from corpus import writing
-
-writing.BATCH, writing.SAVE_SECONDS = 2000, 0.0
-plain = writing.batches
-writing.batches = lambda reader: (time.sleep(0.02) or batch for batch in plain(reader))  # time enough to be killed in
-if __name__ == "__main__":
-    prepare_data.main(sys.argv[1:])
-"""
-
-
-@pytest.mark.slow
-def test_killed_for_good_it_resumes_to_the_same_bytes(corpus, straight, tmp_path, root):
-    """SIGKILL, two processes tokenizing, when there are so many shards."""
-    (tmp_path / "program.py").write_text(PROGRAM)
-    command = [sys.executable, str(tmp_path / "program.py"), *arguments(corpus, tmp_path, "--processes=2")]
-    for count in (2, 6):
-        process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(root)}, stdout=subprocess.DEVNULL)
-        while len(list(tmp_path.glob("made/train_*.bin"))) < count:
-            assert process.poll() is None, "it was done before it could be killed"
-            time.sleep(0.001)
-        process.kill()
-        process.wait()
-        assert (tmp_path / "made" / writing.PROGRESS).is_file()
-        assert not (tmp_path / "made" / shards.MANIFEST).exists()
-    prepare_data.main(arguments(corpus, tmp_path))
-    assert contents(tmp_path / "made") == contents(straight)
 
 
 @pytest.fixture
 def half(corpus, tmp_path, monkeypatch, small_batches) -> Path:
     """The folder of a data set that is incomplete."""
-    plain = writing.ShardWriter.write
 
-    def write(self, ids):
-        if len(self.entries) == 3:
-            raise Killed
-        plain(self, ids)
+    def interrupted(self):
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(writing.ShardWriter, "write", write)
-        with pytest.raises(Killed):
+        patched.setattr(writing.ShardWriter, "finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
             prepare_data.main(arguments(corpus, tmp_path, "--processes=1"))
     return tmp_path / "made"
 
@@ -500,8 +452,8 @@ def test_enwik8_is_cut_as_usual(tmp_path, monkeypatch):
     (tmp_path / "enwik8").write_bytes(b"")
     monkeypatch.setattr(prepare_data, "local_copy", lambda source, data_dir: tmp_path / "enwik8")
     todo = prepare_data.plan(prepare_data.PrepareConfig(), ["enwik8"])
-    assert [(part.split, part.size) for part in todo.parts] == [("train", 90_000_000), ("val", 5_000_000), ("test", 5_000_000)]
-    assert [part.begin for part in todo.parts] == [0, 90_000_000, 95_000_000]
+    cuts = [("train", 0, 90_000_000), ("val", 90_000_000, 5_000_000), ("test", 95_000_000, 5_000_000)]
+    assert [(part.split, part.begin, part.size) for part in todo.parts] == cuts
     assert todo.name == "enwik8"
 
 
@@ -541,16 +493,6 @@ def test_hellaswag_goes_into_the_data_folder(tmp_path, monkeypatch, capsys):
     prepare_data.main(["hellaswag", f"--data_dir={tmp_path}/new"])
     expected = f"3 questions; next: python evaluate.py gpt2 --hellaswag --data_dir={tmp_path}/new\n"
     assert capsys.readouterr().out == expected
-
-
-def test_no_torch_is_loaded(run_script, tmp_path):
-    """By no way that prepares, or in a worker: it takes seconds and 200 MB for each core."""
-    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
-    (tmp_path / "mine.txt").write_text("the cat sat on the mat. " * 100_000)  # several batches, so workers start
-    argv = [tmp_path / "mine.txt", "--tokenizer=bpe", f"--data_dir={tmp_path}", "--processes=2"]
-    done = run_script("prepare_data.py", *argv, env={"PYTHONPATH": str(tmp_path)})
-    assert done.returncode == 0, done.stderr
-    assert "train.py" in done.stdout
 
 
 @pytest.mark.network
