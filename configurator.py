@@ -58,9 +58,7 @@ class GPTConfig:
     compiled); sdpa is PyTorch's fused kernel (flash where the device has it)"""
 
     def __post_init__(self):
-        for name in ("block_size", "vocab_size", "vocab_multiple", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        check_at_least(self, 1, *LARGEST)
         if self.n_embd % self.n_head:
             near = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
             best = min(near, key=lambda h: abs(h - self.n_head))

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -29,7 +30,7 @@ SCRIPTS = (train, sample, prepare_data, evaluate, export)
 MAINS = {f"{script.__name__}.py": script.main for script in SCRIPTS}
 TINY = "TINY"  # stands for the flags of the tiny run
 
-# (script, arguments, what the line must say); {new} is an empty folder, {data} holds "tiny", {out} the finished {run}
+# (script, arguments, what the line must say); {new} is an empty folder, {data} holds "tiny", {run} is finished
 WRONG = [
     ("train.py", ["--batchsize=4"], "did you mean batch_size"),
     ("train.py", ["config/shakespear.py"], "did you mean config/shakespeare.py"),
@@ -50,7 +51,6 @@ WRONG = [
     ("sample.py", ["{new}"], "has no checkpoint"),
     ("sample.py", ["{tmp}/hf65"], "65 ids"),
     ("sample.py", ["out/run", "To", "be,"], "use python sample.py out/run --prompt 'To be,'"),
-    ("sample.py", ["{run}", "--top_p=1.5"], "(0, 1]"),
     ("sample.py", ["{run}", "--top_p=0"], "(0, 1]"),
     ("sample.py", ["{run}", "--temperature=-1"], "at least 0"),
     ("sample.py", ["{run}", "--prompt=a", "--prompt_file=b"], "exclude each other"),
@@ -67,9 +67,7 @@ WRONG = [
     ("train.py", [TINY, "--compile=True", "--compile_mode=reduce-overhead"], "use --compile_mode=default"),
     ("train.py", [TINY, "--compile_mode=max-autotune-no-cudagraphs"], "needs --compile=True"),
     ("evaluate.py", [], "which model?"),
-    ("evaluate.py", ["out/missing"], "not a run, a checkpoint or a model folder"),
     ("evaluate.py", ["{run}", "{run}"], "which model?"),
-    ("evaluate.py", ["{out}"], "is a folder of runs"),
     ("evaluate.py", ["gpt2", "--rows=3"], "needs --hellaswag"),
     ("evaluate.py", ["{run}", "--sequence_length=33"], "use --sequence_length=32"),
     ("evaluate.py", ["{run}", "--device=cpu", "--out={tmp}/file/x.json"], "cannot write"),
@@ -80,10 +78,8 @@ WRONG = [
     ("prepare_data.py", [], "which text?"),
     ("prepare_data.py", ["shakespear"], "did you mean shakespeare"),
     ("prepare_data.py", ["{tmp}/latin1.txt"], "iconv"),
-    ("prepare_data.py", ["{tmp}/empty.txt"], "has no text in it"),
     ("prepare_data.py", ["{data}/tiny.txt", "--val_fraction=1"], "between 0 and 1"),
     ("prepare_data.py", ["{data}/tiny.txt", "--name=../x"], "plain name"),
-    ("prepare_data.py", ["{data}/tiny.txt", "--tokenizer=char", "--data_dir={data}"], "--force"),
     ("prepare_data.py", ["{data}/tiny.txt", "--tokenizer=char", "--data_dir={tmp}/file"], "file"),
 ]
 
@@ -96,8 +92,7 @@ def spoilt(prepared, finished, tmp_path_factory) -> Path:
     os.truncate(folder / "damaged" / "train_000000.bin", 1000)
     (folder / "typo.py").write_text("from configurator import Config\n\nconfig = Config(batch_sise=4)\n")
     (folder / "latin1.txt").write_bytes("café".encode("latin-1"))
-    for name in ("empty.txt", "file"):
-        (folder / name).write_text("")
+    (folder / "file").write_text("")
     shape = dict(n_layer=1, n_head=1, n_embd=4, block_size=8)
     save_hf_dir(GPT(GPTConfig(**shape)), folder / "hf")
     save_hf_dir(GPT(GPTConfig(**shape, vocab_size=65)), folder / "hf65")
@@ -113,7 +108,7 @@ def arguments(tmp_path, prepared, finished, spoilt, tiny_flags, root, monkeypatc
     """arguments(list) -> the list with its placeholders filled in; the working folder is the repository's root."""
     monkeypatch.chdir(root)
     (tmp_path / "new").mkdir()
-    places = dict(tmp=spoilt, new=tmp_path / "new", data=prepared, run=finished, out=Path(finished).parent)
+    places = dict(tmp=spoilt, new=tmp_path / "new", data=prepared, run=finished)
 
     def fill(argv: list[str]) -> list[str]:
         out = [] if "--resume" in argv or any("--out_dir" in a for a in argv) else [f"--out_dir={tmp_path}/run"]
@@ -149,6 +144,12 @@ def test_a_wrong_command_on_two_processes_is_found_before_any_waits(arguments, c
     with pytest.raises(SystemExit) as e:
         errors.entry(train.main)
     is_one_line_with("use --tokens_per_step=128", e.value.code, capsys.readouterr().err, "[rank 1] error: ")
+
+
+def test_the_runs_of_a_folder_are_listed_with_step_and_loss(finished, capsys):
+    with pytest.raises(UserError, match="is a folder of runs"):
+        sample.main([str(Path(finished).parent)])
+    assert re.fullmatch(rf"  {finished}  step 6, val_loss \d\.\d{{4}}\n", capsys.readouterr().err)
 
 
 def test_a_run_knows_its_own_settings_and_refuses_others_with_a_command_that_works(own_run, capsys):

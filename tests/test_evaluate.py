@@ -11,6 +11,7 @@ import pytest
 import ranks
 import torch
 from runs import records
+from trained import build
 
 import evaluate
 import train
@@ -19,9 +20,8 @@ from configurator import Config, GPTConfig
 from corpus import bpe
 from corpus.hellaswag import Row, encode_row, load_rows
 from corpus.shards import TokenStream
-from engine import parallel, restore
+from engine import restore
 from engine import run as training
-from engine.parallel import World
 from evaluate import hellaswag, score_rows, validation
 from model import GPT
 from report import kinds
@@ -32,10 +32,9 @@ LETTERS = CharTokenizer.train("abcdefghijklmnopqrstuvwxyz .,ž🙂\n")
 OWN = bpe.train(["the cat sat on the mat. žluť 🙂 the dog ran after the cat. " * 3], 300)
 
 
-def random_model(cfg: GPTConfig, seed: int = 0) -> GPT:
+def random_model(cfg: GPTConfig) -> GPT:
     """Random weights, large enough that an ending's score depends on its context."""
-    torch.manual_seed(seed)
-    return GPT(replace(cfg, init="pytorch")).eval()
+    return build(replace(cfg, init="pytorch"))
 
 
 def made_up(count: int, seed: int = 0) -> list[Row]:
@@ -113,39 +112,22 @@ def test_a_model_that_is_not_finite_gets_no_score_and_a_block_of_one_is_refused(
         hellaswag(shortest, OWN, made_up(1), batch_tokens=10)
 
 
-def test_every_process_brings_its_share_and_the_sum_is_the_same_to_the_last_bit(tiny, monkeypatch):
-    """Also where there are more processes than batches; test_two_processes_answer_as_one has the ordinary case."""
-    model, rows = random_model(tiny(vocab_size=OWN.vocab_size, block_size=128)), made_up(30)
-    pairs = encoded(model, OWN, rows)
-    alone = score_rows(model, pairs, batch_tokens=400)
-    passes: list[int] = []
-    model.register_forward_hook(lambda *_: passes.append(1))
-    monkeypatch.setattr(parallel, "all_reduce_sum", lambda value: value)
-    parts, counts = [], []
-    for rank in range(100):
-        passes.clear()
-        parts.append(score_rows(model, pairs, batch_tokens=400, world=World(rank, 100)))
-        counts.append(len(passes))
-    assert len(set(counts)) == 1  # sharded weights need all processes in each pass
-    assert ((torch.stack(parts) != 0).sum(0) == 1).all()
-    assert torch.equal(sum(parts), alone)
-
-
 def in_a_group(cfg: Config, rows: list[Row]) -> tuple[torch.Tensor, dict, dict]:
     run = training.build(cfg)
     tokenizer, how = run.dataset.tokenizer, dict(world=run.world, autocast=run.autocast)
-    scores = score_rows(run.model, encoded(run.model, tokenizer, rows), batch_tokens=150, **how)
+    pairs = encoded(run.model, tokenizer, rows)
+    several, one = (score_rows(run.model, part, batch_tokens=150, **how) for part in (pairs, pairs[:1]))
     answers = hellaswag(run.model, tokenizer, rows, batch_tokens=150, **how)
     sizes = dict(tokens=9 * 32, T=32, batch_size=4, device=run.device)
     loss = validation(run.compiled, run.dataset.split("val"), tokenizer, **sizes, **how)
     assert run.model.training  # as build() left it
     run.close()
-    return scores, answers, loss
+    return torch.cat((several, one)), answers, loss
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_two_processes_answer_as_one(tiny_run, tmp_path, engine):
-    """Over gloo, with whole and with sharded weights."""
+    """Over gloo, with whole and with sharded weights, which need all processes in each pass; also if one has no row."""
     cfg = Config(**tiny_run | dict(parallel=engine, init="pytorch", block_size=128, sequence_length=32))
     rows = made_up(20)
     alone = in_a_group(cfg, rows)
@@ -233,9 +215,7 @@ def few_rows(monkeypatch):
     """SPELLED in place of the real rows; the list of the folders that they came from."""
     folders = []
     for script in (evaluate, train):
-        monkeypatch.setattr(
-            script, "load_rows", lambda data_dir, count, log: folders.append(data_dir) or SPELLED[: count or 99]
-        )
+        monkeypatch.setattr(script, "load_rows", lambda where, count, _: folders.append(where) or SPELLED[: count or 99])
     return folders
 
 

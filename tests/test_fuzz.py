@@ -111,45 +111,31 @@ def forged(path: Path, content: bytes, seal=lambda: None):
 
 
 @pytest.fixture(scope="module")
-def run(tiny_run, tmp_path_factory) -> Config:
-    """A finished run of two steps, to be resumed and sampled from."""
-    cfg = Config(**tiny_run | dict(max_steps=2, outlier_window=2), out_dir=str(tmp_path_factory.mktemp("run") / "out"))
-    with contextlib.redirect_stdout(io.StringIO()):
-        train.train(cfg)
-    return replace(cfg, resume=True)
+def run(tiny_run, finished, tmp_path_factory) -> Config:
+    """A finished run, to be resumed and sampled from."""
+    out_dir = shutil.copytree(finished, str(tmp_path_factory.mktemp("run") / "out"))
+    return Config(**tiny_run, out_dir=out_dir, curve="off", resume=True)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [*(pytest.param(name, marks=pytest.mark.slow) for name in FILES), "manifest.json"])
 @some
 @given(st.data())
 def test_a_forged_checkpoint_is_refused_or_works(run, name, draw):
     """Resumed by train.train() as a whole, and loaded for sampling."""
-    folder = Path(run.out_dir) / "step_00000002"
-    content = draw.draw(other(folder / name))
-    with forged(folder / name, content, seal=lambda: seal(folder)):
+    folder = restore.newest(Path(run.out_dir))
+    content, fit = draw.draw(other(folder / name)), (lambda: None) if name == "manifest.json" else (lambda: seal(folder))
+    with forged(folder / name, content, fit):
         model, tokenizer = restore.load_model(str(folder))
         tokenizer.decode([0, model.cfg.vocab_size - 1])  # every id of the model has a text
-    with forged(folder / name, content, seal=lambda: seal(folder)):
+    with forged(folder / name, content, fit):
         train.train(run)
 
 
 @some
-@given(st.data())
-def test_a_forged_manifest_is_refused_or_works(run, draw):
-    path = Path(run.out_dir) / "step_00000002" / "manifest.json"
-    with forged(path, draw.draw(other(path))):
-        restore.load_model(str(path.parent))
-
-
-sizes = ["n_layer", "n_head", "n_embd", "block_size", "vocab_size", "vocab_multiple"]
-
-
-@some
-@given(st.sampled_from(sizes), st.integers(1, 70), st.booleans())
+@given(st.sampled_from(sorted(configurator.LARGEST)), st.integers(1, 70), st.booleans())
 def test_a_checkpoint_of_any_size_is_refused_at_once(run, name, bits, odd):
     """Before a model of 2**70 layers is built."""
-    folder = Path(run.out_dir) / "step_00000002"
+    folder = restore.newest(Path(run.out_dir))
     values = json.loads((folder / "config.json").read_text()) | {name: 2**bits + odd}
     with forged(folder / "config.json", json.dumps(values).encode(), seal=lambda: seal(folder)):
         restore.load_model(str(folder))
@@ -161,8 +147,8 @@ def test_a_checkpoint_of_any_size_is_refused_at_once(run, name, bits, odd):
 @pytest.fixture(scope="module")
 def capsule(run, tmp_path_factory) -> Path:
     """What a run leaves that was stopped by an outlier."""
-    cfg = replace(run, out_dir=str(tmp_path_factory.mktemp("stopped") / "out"), resume=False, outlier_z=1e-9)
-    cfg = replace(cfg, on_outlier="stop", max_steps=50)
+    stops = dict(outlier_z=1e-9, outlier_window=2, on_outlier="stop", max_steps=50, resume=False)
+    cfg = replace(run, out_dir=str(tmp_path_factory.mktemp("stopped") / "out"), **stops)
     with contextlib.redirect_stdout(io.StringIO()), pytest.raises(UserError, match="--replay"):
         train.train(cfg)
     return next(Path(cfg.out_dir).glob("crash_*"))

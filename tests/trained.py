@@ -11,7 +11,7 @@ from torch import Tensor
 
 import optim
 from base.files import sha256_of
-from configurator import Config
+from configurator import Config, GPTConfig
 from engine import checkpoint, restore
 from model import GPT
 from tokenizer import CharTokenizer, Tokenizer
@@ -49,8 +49,7 @@ class Trained:
         return restore.load_training(folder, self.model, self.optimizer, 0, CPU)
 
 
-def make(shape, seed: int = 0, steps: int = 2) -> Trained:
-    """shape: a GPTConfig."""
+def make(shape: GPTConfig, seed: int = 0, steps: int = 2) -> Trained:
     torch.manual_seed(seed)
     cfg = Config(**vars(shape) | dict(tokens_per_step=32, fused_adamw=True))
     model = GPT(cfg)
@@ -91,10 +90,14 @@ class Bomb(str):
         return os.mkdir, (str(self),)
 
 
-def randomised(cfg, seed: int = 0) -> GPT:
-    """A model with every parameter random, padding rows included: zero biases and unit gains would hide mistakes."""
+def build(cfg: GPTConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> GPT:
     torch.manual_seed(seed)
-    model = GPT(cfg).eval()
+    return GPT(cfg).to(dtype).eval()
+
+
+def randomised(cfg: GPTConfig, seed: int = 0) -> GPT:
+    """A model with every parameter random, padding rows included: zero biases and unit gains would hide mistakes."""
+    model = build(cfg, seed)
     for p in model.parameters():
         p.data.normal_(mean=1.0 if p.dim() == 1 else 0.0, std=0.1)
     return model
