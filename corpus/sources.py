@@ -356,10 +356,9 @@ class HubPart:
 
     def read(self, place: dict | None = None) -> Iterator[tuple[Pieces, dict]]:
         stream = self.open().select_columns([self.column]).with_format("arrow")
-        rows = 0
+        rows = place["rows"] if place else 0
         if place:
             stream.load_state_dict(place["state"])
-            rows = place["rows"]
         tables = stream.iter(batch_size=ROWS_AT_ONCE)
         while True:
             try:

@@ -50,42 +50,29 @@ def short(name: str) -> str:
     return name if len(name) <= 40 else name[:39] + "…"
 
 
-def bars(axes, names: list[str], values: list[float], spread: list[tuple[float, float]], ends: list[str]) -> None:
-    """Horizontal bars from top to bottom with whiskers from least to most, and a text at the end of each line."""
-    at = range(len(names))
-    # the median of all steps may lie outside the range of its rounds' medians: no whisker on that side
-    errors = [[max(0.0, v - low), max(0.0, high - v)] for v, (low, high) in zip(values, spread, strict=True)]
-    axes.barh(
-        at,
-        values,
-        height=0.65,
-        color=COLOURS[0],
-        xerr=list(zip(*errors, strict=True)),
-        error_kw=dict(ecolor=GREY, capsize=3, linewidth=1),
-    )
-    right = max(high for _, high in spread)
-    for i, (value, (_, high), text) in enumerate(zip(values, spread, ends, strict=True)):
-        axes.text(max(value, high) + 0.015 * right, i, text, va="center")
-    axes.set_xlim(0, 1.2 * right)
-    axes.set_yticks(at, names)
-    axes.invert_yaxis()
-
-
 def plot_speed(result: dict):
     """Tokens per second of each rung of a ladder, or of each setting put back in an ablation."""
     rows, tokens = results.measured(result), result["sizes"]["tokens_per_step"]
     rounds = [[tokens / t for t in results.per_round(e)] for e in rows]
     values = [results.tokens_per_s(result, e) for e in rows]
-    ends = [f"{v:,.0f}  {results.ratio(rows[0], e)[0]:.2f}×" for v, e in zip(values, rows, strict=True)]
+    # the median of all steps may lie outside the range of its rounds' medians: no whisker on that side
+    pairs = list(zip(values, rounds, strict=True))
+    reach = [[max(0.0, v - min(r)) for v, r in pairs], [max(0.0, max(r) - v) for v, r in pairs]]
     figure, axes = pyplot().subplots(figsize=(8, 1.2 + 0.36 * len(rows)), layout="constrained")
-    names = [short(results.label(e, result["kind"])) for e in rows]
-    bars(axes, names, values, [(min(r), max(r)) for r in rounds], ends)
+    at, caps = range(len(rows)), dict(ecolor=GREY, capsize=3, linewidth=1)
+    axes.barh(at, values, height=0.65, color=COLOURS[0], xerr=reach, error_kw=caps)
+    right = max(map(max, rounds))
+    for i, (entry, (value, speeds)) in enumerate(zip(rows, pairs, strict=True)):
+        text = f"{value:,.0f}  {results.ratio(rows[0], entry)[0]:.2f}×"
+        axes.text(max(value, *speeds) + 0.015 * right, i, text, va="center")
+    axes.set_xlim(0, 1.2 * right)
+    axes.set_yticks(at, [short(results.label(e, result["kind"])) for e in rows])
+    axes.invert_yaxis()
     title = "The ladder: each row adds one setting to the row above it"
     # of the figure, not of the axes: long names leave the axes too narrow for them
     figure.suptitle(title if result["kind"] == "ladder" else "The top rung with one setting put back")
-    figure.supxlabel(
-        f"tokens/s, × first row (median of all steps; whiskers: least and most of {len(rounds[0])} rounds)", size=10
-    )
+    whiskers = f"whiskers: least and most of {len(rounds[0])} rounds"
+    figure.supxlabel(f"tokens/s, × first row (median of all steps; {whiskers})", size=10)
     return figure
 
 
@@ -156,10 +143,8 @@ def plot_shares(result: dict):
     axes.set_yticks(at, [s["part"] for s in shares])
     axes.set_xlim(0, 1.25 * right)
     axes.invert_yaxis()
-    axes.set(
-        xlabel="ms per step",
-        title=f"Where a step of {result['step_ms']:,.0f} ms goes; its floor is {result['floor_ms']:,.0f} ms",
-    )
+    axes.set_title(f"Where a step of {result['step_ms']:,.0f} ms goes; its floor is {result['floor_ms']:,.0f} ms")
+    axes.set_xlabel("ms per step")
     axes.legend(frameon=False, loc="lower right")
     return figure
 
