@@ -97,7 +97,7 @@ class Ledger(TorchDispatchMode):
 
 
 class Fused(TorchFunctionMode):
-    """Replaces dropout by what a GPU's kernels, or compiled code, keep of it (seen in inductor's code, torch 2.13). What else the
+    """Replaces dropout by what a GPU's kernels, or compiled code, keep of it (inductor's code, torch 2.13). What else the
     compiler fuses changes little: of a block it keeps as many bytes a token as eager code does (docs/many_gpus.md).
     """
 

@@ -14,7 +14,6 @@ import re
 import resource
 import statistics
 import time
-from collections import defaultdict
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -133,8 +132,8 @@ def host_events(trace: list[dict]) -> list[Event]:
     return events
 
 
-def kernels(trace: list[dict], host: list[Event], cfg: Config) -> list[tuple[float, float, str, str]]:
-    """(start, end, name, part) of what ran on the GPU. A kernel has the number ("correlation") of the call that launched it,
+def kernels(trace: list[dict], host: list[Event], cfg: Config) -> list[tuple[float, float, str]]:
+    """(start, end, part) of what ran on the GPU. A kernel has the number ("correlation") of the call that launched it,
     and so the operation that asked for it: aten::bmm is attention's, though its kernel is called gemm.
     """
     calls = {e.launch: e for e in host if e.launch is not None}
@@ -146,7 +145,7 @@ def kernels(trace: list[dict], host: list[Event], cfg: Config) -> list[tuple[flo
         part = part_of(call.parent, cfg) if call and call.parent else OTHER
         if part in (GAPS, OTHER):  # launched by a compiled graph: the kernel's own name says what it does
             part = by_name(e["name"])
-        found.append((e["ts"], e["ts"] + e["dur"], e["name"], part))
+        found.append((e["ts"], e["ts"] + e["dur"], part))
     return sorted(found)
 
 
@@ -166,42 +165,38 @@ def take(free: list[tuple[float, float]], spans: list[tuple[float, float]]) -> t
     return taken, left
 
 
-def attribute(trace: list[dict], cfg: Config, on_gpu: bool) -> tuple[float, dict[str, float], list[tuple[str, float, str]]]:
-    """(the step's microseconds, microseconds of each part, [(name, microseconds, part), …] longest first) from a trace."""
+def attribute(trace: list[dict], cfg: Config, on_gpu: bool) -> tuple[float, dict[str, float]]:
+    """(the step's microseconds, microseconds of each part) from a trace."""
     events = host_events(trace)
     steps = [e for e in events if e.name == STEP]
     if not steps:
         raise UserError("the profiler recorded nothing: this torch was built without it")
     step = steps[-1]
-    parts, names = dict.fromkeys(PARTS, 0.0), defaultdict(float)
+    parts = dict.fromkeys(PARTS, 0.0)
     inside = [e for e in events if step in e.chain()]
     if on_gpu:
         ran = [k for k in kernels(trace, events, cfg) if step.start <= k[0] < step.end]
         if not ran:
             raise UserError("the profiler saw no GPU kernels (CUPTI is missing or in use by another program)")
-        for start, end, name, part in ran:
-            names[name, part] += end - start
+        for start, end, part in ran:
             if part != COMMUNICATION:
                 parts[part] += end - start
         free = [(step.start, step.end)]
-        _, free = take(free, [k[:2] for k in ran if k[3] != COMMUNICATION])
+        _, free = take(free, [k[:2] for k in ran if k[2] != COMMUNICATION])
         # only what no computation hides; and of the idle rest, what the host spent waiting for data
-        parts[COMMUNICATION], free = take(free, [k[:2] for k in ran if k[3] == COMMUNICATION])
+        parts[COMMUNICATION], free = take(free, [k[:2] for k in ran if k[2] == COMMUNICATION])
         waits, free = take(free, sorted((e.start, e.end) for e in inside if e.name == SCOPE + DATA))
         parts[DATA] += waits
         parts[GAPS] += sum(b - a for a, b in free)
     else:
         for event in inside:
-            part = part_of(event, cfg)
-            parts[part] += event.own
-            names[event.name, part] += event.own
+            parts[part_of(event, cfg)] += event.own
         # Outside all operations, while gloo's threads exchange gradients, the training thread waits for them.
         free = [(step.start, step.end)]
         _, free = take(free, [(e.start, e.end) for e in inside if e.parent is step])
         waits, _ = take(free, sorted((e.start, e.end) for e in events if e.name.startswith("gloo:")))
         parts[COMMUNICATION], parts[GAPS] = parts[COMMUNICATION] + waits, parts[GAPS] - waits
-    top = sorted(((name, us, part) for (name, part), us in names.items()), key=lambda row: -row[1])
-    return step.end - step.start, parts, top
+    return step.end - step.start, parts
 
 
 # ---- floors -------------------------------------------------------------------------------------------------------------
@@ -350,17 +345,10 @@ def named_scopes(run: Run):
             setattr(owner, name, function)
 
 
-@dataclass(frozen=True)
-class Profile:
-    """What ordinary steps and one profiled step of a run showed."""
-
-    step_ms: float  # the median of the ordinary ones
-    kernel_ms: float  # the operating system's work in an ordinary one
-    trace: Path
-
-
-def profile_step(run: Run, trace_path: Path, warmup: int, timed: int) -> Profile:
-    """`warmup` steps, `timed` ordinary ones, and one under the profiler. The first process writes its trace to trace_path."""
+def profile_step(run: Run, trace: Path, warmup: int, timed: int) -> tuple[float, float]:
+    """`warmup` steps, `timed` ordinary ones, and one under the profiler, whose trace is written: (milliseconds of an ordinary
+    step, their median, and of the operating system's kernel in one).
+    """
     on_gpu, done = run.device.type == "cuda", itertools.count()
 
     def one_step() -> float:
@@ -374,15 +362,13 @@ def profile_step(run: Run, trace_path: Path, warmup: int, timed: int) -> Profile
     before = resource.getrusage(resource.RUSAGE_SELF).ru_stime
     step_ms = 1e3 * statistics.median(one_step() for _ in range(timed))
     kernel_ms = 1e3 * (resource.getrusage(resource.RUSAGE_SELF).ru_stime - before) / timed
-
-    path = trace_path if run.world.is_main else Path(f"{trace_path}.rank{run.world.rank}")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    trace.parent.mkdir(parents=True, exist_ok=True)
     with (
         named_scopes(run),
         profile(  # the first profiled step pays for starting the profiler: it is thrown away
             activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu,
             schedule=schedule(wait=0, warmup=1, active=1, repeat=1),
-            on_trace_ready=lambda p: p.export_chrome_trace(str(path)),
+            on_trace_ready=lambda p: p.export_chrome_trace(str(trace)),
             record_shapes=True,
         ) as profiler,
     ):
@@ -390,7 +376,7 @@ def profile_step(run: Run, trace_path: Path, warmup: int, timed: int) -> Profile
             with record_function(STEP):
                 one_step()
             profiler.step()
-    return Profile(step_ms, kernel_ms, path)
+    return step_ms, kernel_ms
 
 
 def why(cfg: Config, ceilings: dict, trace_path: Path, warmup: int = 3, timed: int = 5) -> dict:
@@ -404,26 +390,26 @@ def why(cfg: Config, ceilings: dict, trace_path: Path, warmup: int = 3, timed: i
         run = build(cfg)
         if run.device.type == "mps":
             raise UserError("torch's profiler does not record mps: use --device=cpu")
-        seen = profile_step(run, trace_path, warmup, timed)
+        path = trace_path if run.world.is_main else Path(f"{trace_path}.rank{run.world.rank}")
+        step_ms, kernel_ms = profile_step(run, path, warmup, timed)
     if wrong := mismatches(run, effective(run)):
         raise UserError("; ".join(wrong))  # the table would be of something else than what was asked for
-    trace = json.loads(seen.trace.read_text(encoding="utf-8"))["traceEvents"]
-    total_us, parts_us, top = attribute(trace, run.cfg, run.device.type == "cuda")
-    ms = {part: us / total_us * seen.step_ms for part, us in parts_us.items()}
+    trace = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    total_us, parts_us = attribute(trace, run.cfg, run.device.type == "cuda")
+    ms = {part: us / total_us * step_ms for part, us in parts_us.items()}
     least = floors(run.cfg, ceilings, run.world.size)
     shares = [
-        {"part": p, "ms": ms[p], "share": ms[p] / seen.step_ms, "floor_ms": 1e3 * f.seconds, "flops": f.flops, "bytes": f.bytes}
+        {"part": p, "ms": ms[p], "share": ms[p] / step_ms, "floor_ms": 1e3 * f.seconds, "flops": f.flops, "bytes": f.bytes}
         for p, f in least.items()
     ]
     result = {
-        "step_ms": seen.step_ms,
+        "step_ms": step_ms,
         "profiled_ms": total_us / 1e3,
         "floor_ms": sum(s["floor_ms"] for s in shares),
         "shares": shares,
-        "advice": advise(run, ms, ceilings, seen.kernel_ms),
-        "kernel_ms": seen.kernel_ms,
-        "top_events": [[name, us / total_us * seen.step_ms, part] for name, us, part in top[:15]],
-        "trace": str(seen.trace),
+        "advice": advise(run, ms, ceilings, kernel_ms),
+        "kernel_ms": kernel_ms,
+        "trace": str(path),
     }
     run.close()
     return result

@@ -23,7 +23,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -56,10 +55,6 @@ from report.stats import Estimate
 DECIDES = ("model.py", "optim.py", "data.py", "train.py", "engine/run.py")
 
 
-def digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:20]
-
-
 @dataclass(frozen=True)
 class RunCache:
     """Finished runs on disk, each under a name that follows from all that decides its loss."""
@@ -69,7 +64,8 @@ class RunCache:
 
     def path(self, what: str, value: dict) -> Path:
         known = {k: v for k, v in value.items() if k not in ("data_dir", "out_dir")}
-        return self.folder / f"{what}_{digest([self.facts, known])}.json"
+        digest = hashlib.sha256(json.dumps([self.facts, known], sort_keys=True).encode()).hexdigest()
+        return self.folder / f"{what}_{digest[:20]}.json"
 
     def read(self, path: Path) -> dict | None:
         try:

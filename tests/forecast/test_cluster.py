@@ -5,6 +5,7 @@ import random
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from made_results import ladder
@@ -25,44 +26,32 @@ SLOW = 1e9 * A.network_gb_s * A.network_achieved, cluster.NETWORK_HOP
 FLOPS = 4e14
 
 
-def go_round(data: list[list[float]], rate: float, hop: float) -> float:
-    """A ring all-reduce, done: every rank's list becomes the sum of all. Each number is a byte. Returns the seconds."""
-    n, seconds = len(data), 0.0
-    size = len(data[0]) // n
-
-    def part(i: int) -> slice:
-        return slice(i % n * size, (i % n + 1) * size)
-
-    for k in range(n - 1):  # reduce-scatter: rank r sends part r - k, and its neighbour adds it
-        sent = [data[r][part(r - k)] for r in range(n)]
+def go_round(data: np.ndarray, rate: float, hop: float) -> float:
+    """A ring all-reduce, done: every rank's row becomes the sum of all. Each number is a byte. Returns the seconds."""
+    n = len(data)
+    parts = data.reshape(n, n, -1)  # rank, part
+    for k in range(2 * n - 2):  # reduce-scatter: rank r sends part r - k, and its neighbour adds it; then all-gather
+        sent = [parts[r, (r - k) % n].copy() for r in range(n)]
         for r in range(n):
-            mine = data[(r + 1) % n]
-            mine[part(r - k)] = [x + y for x, y in zip(mine[part(r - k)], sent[r], strict=True)]
-        seconds += size / rate + hop
-    for k in range(n - 1):  # all-gather: what is complete goes round
-        sent = [data[r][part(r + 1 - k)] for r in range(n)]
-        for r in range(n):
-            data[(r + 1) % n][part(r + 1 - k)] = sent[r]
-        seconds += size / rate + hop
-    return seconds
+            parts[(r + 1) % n, (r - k) % n] = sent[r] + (parts[(r + 1) % n, (r - k) % n] if k < n - 1 else 0)
+    return (2 * n - 2) * (data.shape[1] / n / rate + hop)
 
 
 @pytest.mark.parametrize(("nodes", "local"), [(3, 4), (4, 2), (1, 4)])
 def test_collective_by_node_takes_what_its_rings_take(nodes, local):
     """Inside each node, then each GPU's share between the nodes, one after the other. Inside, rings are counted as one."""
-    nbytes = 24 * nodes * local
-    data = [[[random.Random(9 * i + j).random() for _ in range(nbytes)] for j in range(local)] for i in range(nodes)]
-    total = [sum(column) for column in zip(*(gpu for node in data for gpu in node), strict=True)]
-    for node in data:
-        seconds = go_round(node, *FAST)  # all at the same time
-    share = nbytes // local
+    share = 24 * nodes
+    data = np.random.default_rng(0).random((nodes, local, local * share))
+    total = data.sum((0, 1))
+    inside, *_ = (go_round(node, *FAST) for node in data)  # all at the same time
     for j in range(local):
-        same = [data[i][j][j * share : (j + 1) * share] for i in range(nodes)]
+        mine = slice(j * share, (j + 1) * share)
+        same = data[:, j, mine].copy()
         between = go_round(same, *SLOW)
-        assert all(mine == pytest.approx(total[j * share : (j + 1) * share]) for mine in same)
+        assert same == pytest.approx(np.tile(total[mine], (nodes, 1)))
     plain = replace(PLAIN, gpus_per_node=local)
-    assert collective(plain, nodes * local, nbytes, 2) == pytest.approx(seconds + between)
-    assert collective(plain, nodes * local, nbytes, 1) == pytest.approx((seconds + between) / 2)
+    assert collective(plain, nodes * local, local * share, 2) == pytest.approx(inside + between)
+    assert collective(plain, nodes * local, local * share, 1) == pytest.approx((inside + between) / 2)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -12,14 +12,8 @@ import pytest
 from processes import is_running, wait_until
 
 from base import scripts
-from configurator import Config
 from measure import fresh, worker
 from safety import prove
-
-
-@pytest.fixture
-def cfg(tiny_run) -> Config:
-    return Config(**tiny_run)
 
 
 @pytest.fixture

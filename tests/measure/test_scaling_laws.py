@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from made_results import scale
 
 from base.errors import UserError
-from measure.scaling.family import Family, Point, ScalingConfig, depth, make_plan, n_params, round_down
+from measure.scaling.family import Family, Point, ScalingConfig, depth, make_plan, n_params
 from measure.scaling.fit import PARAMETERS, Analysis, best_size
 from model import GPT
 from report import kinds, plots
@@ -85,8 +85,6 @@ def test_plan_fits_into_minutes_and_data(minutes, why, seeds):
     whole = plan.seeds * sum(seconds(p) for c in plan.budgets for p in lab.level(c)) / 2
     assert whole <= 60 * minutes
     assert plan.budgets[-1] / plan.budgets[0] == pytest.approx(8, rel=0.05)
-    if why == "the data":
-        assert plan.budgets[-1] == round_down(lab.largest_budget())
 
 
 def test_no_plan_is_one_line():
@@ -119,11 +117,9 @@ def test_intervals_cover_the_truth():
         larger = lab.point(1.6e11, best_size(analysis.law, 1.6e11))
         truth = law_loss(LAW, larger.N, larger.D) * math.exp(random.normal(0, math.hypot(0.002, 0.003 / math.sqrt(3))))
         summary, said = analysis.summary(), analysis.predict(larger.N, larger.D)
-        top, a = summary["levels"][-1]["law"], LAW["beta"] / (LAW["alpha"] + LAW["beta"])
-        ratio = 4e10 / 6 / best_size(LAW, 4e10) ** 2
-        ends = {k: (summary["intervals"][k], LAW[k]) for k in PARAMETERS}
-        ends |= {"prediction": ((said["low"], said["high"]), truth), "ratio": (top["ratio_interval"], ratio)}
-        ends |= {"a": (summary["exponent"]["law_interval"], a)}
+        ends = {k: (summary["intervals"][k], LAW[k]) for k in PARAMETERS} | {"prediction": ((said["low"], said["high"]), truth)}
+        ends["ratio"] = summary["levels"][-1]["law"]["ratio_interval"], 4e10 / 6 / best_size(LAW, 4e10) ** 2
+        ends["a"] = summary["exponent"]["law_interval"], LAW["beta"] / (LAW["alpha"] + LAW["beta"])
         for name, ((low, high), true) in ends.items():
             hits[name] += low <= true <= high
     assert all(count >= 0.75 * number for count in hits.values()), hits

@@ -18,27 +18,29 @@ from measure.scaling import study, training
 from report import kinds
 
 
-def children_of(pid: int) -> list[int]:
-    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
 @pytest.mark.slow
-def test_ctrl_c_keeps_what_is_done_and_the_same_command_resumes(tmp_path, prepared, root):
-    """It leaves nobody, leaves the kept runs alone, predicts before it trains; and a kept run is what training gives."""
+def test_ctrl_c_and_a_kill_keep_what_is_done_and_the_same_command_resumes(tmp_path, prepared, root):
+    """No worker outlives them. Kept runs are left alone, a prediction is made before its run, and a kept run is what training
+    gives.
+    """
     places = ["--dataset=tiny", f"--data_dir={prepared}", f"--out={tmp_path}", f"--keep={tmp_path}"]
     flags = ["--quick", "--jobs=2", "--device=cpu", "--sequence_length=16", "--tokens_per_step=32", *places]
     command = [sys.executable, str(root / "bench.py"), "scale", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8")
-    wait_until(lambda: process.poll() is not None or list(tmp_path.glob("run_*.json")), "no run was kept")
-    workers = children_of(process.pid) if Path("/proc/self/task").is_dir() else []
-    process.send_signal(signal.SIGINT)
-    _, complaint = process.communicate(timeout=60)
-    kept = {p: p.stat().st_mtime_ns for p in tmp_path.glob("run_*.json")}
-    assert process.returncode == 130, complaint
-    assert complaint.strip().endswith("stopped")
-    assert 1 <= len(kept) < 6
-    wait_until(lambda: not any(map(is_running, workers)), "a worker is left over")
 
+    def runs() -> dict[Path, int]:
+        return {p: p.stat().st_mtime_ns for p in tmp_path.glob("run_*.json")}
+
+    for how, status in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
+        process, before = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True), len(runs())
+        wait_until(lambda process=process, before=before: process.poll() is not None or len(runs()) > before, "no run was kept")
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        workers = list(map(int, children.read_text().split())) if sys.platform == "linux" else []
+        process.send_signal(how)
+        _, complaint = process.communicate(timeout=60)
+        assert process.returncode == status, complaint
+        wait_until(lambda workers=workers: not any(map(is_running, workers)), "a worker is left over")
+    kept = runs()
+    assert 1 <= len(kept) < 7
     done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120)
     assert done.returncode == 0, done.stderr
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
@@ -91,20 +93,6 @@ def test_a_run_that_diverges_or_a_worker_that_is_killed_is_one_line(tiny_run, tm
     with pytest.raises(UserError, match=r"a worker process was killed.*to resume"):
         use_pool()
     assert [p.name for p in tmp_path.iterdir()] == ["y"]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc, to find the workers")
-@pytest.mark.slow
-def test_killing_a_study_leaves_no_worker_running(tmp_path, root):
-    code = "import time\nfrom measure.scaling.training import workers\nif __name__ == '__main__':\n"
-    code += "    with workers(2, 1) as pool:\n        list(pool.map(time.sleep, [300, 300]))"
-    (tmp_path / "study.py").write_text(code)
-    process = subprocess.Popen([sys.executable, tmp_path / "study.py"], env=os.environ | {"PYTHONPATH": str(root)})
-    # two workers and multiprocessing's own resource tracker
-    started = wait_until(lambda: len(found := children_of(process.pid)) == 3 and found, "the workers do not start")
-    process.kill()
-    process.wait()
-    wait_until(lambda: not any(map(is_running, started)), "a worker is left running")
 
 
 def test_without_scipy_a_study_ends_before_it_starts(tmp_path, monkeypatch):

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 
 import train
-from configurator import Config
 from engine import parallel
 from engine.effective import effective
 from engine.run import build
@@ -82,11 +81,6 @@ def test_processes_with_different_clocks_take_equally_many_steps(tmp_path):
     first, second = ranks.run(2, tmp_path, time_skewed)
     assert first == second
     assert first[1] == [1.0] * first[0]  # a step takes as long as its slowest process
-
-
-@pytest.fixture
-def cfg(tiny_run) -> Config:
-    return Config(**tiny_run)
 
 
 def test_train_step_itself_is_timed_and_nothing_else(cfg, monkeypatch):

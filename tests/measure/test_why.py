@@ -38,8 +38,7 @@ def test_parts_make_up_the_step_and_the_trace_is_the_steps(tiny_run, tmp_path):
     assert sum(ms(plain).values()) == pytest.approx(plain["step_ms"], rel=1e-6)
     assert sum(s["share"] for s in plain["shares"]) == pytest.approx(1)
     assert ms(plain)["other"] == 0
-    for part in ("GEMM", "attention", "cross-entropy", "norms and elementwise", "optimizer", "data wait", "communication"):
-        assert ms(plain)[part] > 0, part
+    assert min(ms(plain)[part] for part in why.PARTS if part not in ("launch gaps", "other")) > 0
     recorded = {"kind": "why", "date": "2026-11-20", "machine": {"hardware": "a CPU", "torch": "2", "commit": None}}
     table, *_ = kinds.blocks(plain | recorded)
     assert [row[0] for row in table.rows] == [*why.PARTS, "step"]
@@ -152,7 +151,7 @@ def gpu_trace() -> list[dict]:
 
 
 def test_gpu_time_is_what_the_kernels_take_and_the_rest_is_idle():
-    total, parts, top = why.attribute(gpu_trace(), Config(vocab_size=65), on_gpu=True)
+    total, parts = why.attribute(gpu_trace(), Config(vocab_size=65), on_gpu=True)
     assert {part: us for part, us in parts.items() if us} == {
         "GEMM": 100,
         "cross-entropy": 50,  # a copy of logits, told by its shape
@@ -164,7 +163,6 @@ def test_gpu_time_is_what_the_kernels_take_and_the_rest_is_idle():
         "launch gaps": 50 + 150 + 50,
     }
     assert sum(parts.values()) == total == 1000
-    assert top[0] == ("adam", 200, "optimizer")
     with pytest.raises(UserError, match="recorded nothing"):
         why.attribute([], Config(), on_gpu=False)
     with pytest.raises(UserError, match="no GPU kernels"):
