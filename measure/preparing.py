@@ -126,7 +126,7 @@ def learn(path: str, of: int, merges: int) -> None:
     print(json.dumps(found))
 
 
-def measure(path: Path, scratch: Path, processes: int = 0, rounds: int = 5, learnt: tuple = LEARNT) -> dict:
+def measure(path: Path, scratch: Path, rounds: int, processes: int = 0, learnt: tuple = LEARNT) -> dict:
     """What a result of kind "data" holds, for a UTF-8 text, GPT-2's tokenizer and so many processes (0: one for each core).
     scratch: a folder on a disk, as data sets are."""
     cores, path = processes or system.cores(), path.resolve()  # a bare name could be a named data set's

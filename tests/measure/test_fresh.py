@@ -94,7 +94,6 @@ def test_killing_a_script_leaves_no_worker_running(how, processes, tmp_path, roo
         return [int(text) for path in tmp_path.glob("pid*") if (text := path.read_text())]
 
     wait_until(lambda: len(pids()) == processes, "it does not start")
-    assert all(map(is_running, pids()))
     process.send_signal(how)
     if how == signal.SIGTERM:
         time.sleep(0.2)

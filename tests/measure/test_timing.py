@@ -1,6 +1,5 @@
 """measure/timing.py: what is timed is the training step, and all processes agree on how many steps that takes."""
 
-import json
 import time
 from dataclasses import asdict
 
@@ -102,7 +101,6 @@ def test_train_step_itself_is_timed_and_nothing_else(cfg, monkeypatch):
     assert found["first_step_s"] == found["step_s"][0]
     assert found["requested"] == asdict(run.cfg)
     assert found["effective"] == effective(run)
-    json.dumps(found)
 
 
 def test_what_is_not_what_was_asked_and_running_out_of_memory_are_errors_in_a_dict(cfg, monkeypatch):

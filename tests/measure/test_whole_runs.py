@@ -36,16 +36,13 @@ def test_saves_are_told_apart_from_the_last_which_everything_waits_for():
     assert whole_runs.saves_in(records) == expected
 
 
-TEXT = "The quick brown fox — jumps over the lazy dog.\n" * 60_000  # 2.9 MB: worker processes start
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("gpt2_files")
 def test_every_way_encodes_the_same_text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT, encoding="utf-8")
+    path, text = tmp_path / "text.txt", "The quick brown fox — jumps over the lazy dog.\n" * 60_000  # worker processes start
+    path.write_text(text, encoding="utf-8")
     result = preparing.measure(path, tmp_path, processes=2, rounds=1)
-    expected = len(GPT2Tokenizer().encode(TEXT))
+    expected = len(GPT2Tokenizer().encode(text))
     (timed,) = result["rounds"]
     assert {call: timed[call]["tokens"] for call in preparing.CALLS} == dict.fromkeys(preparing.CALLS, expected)
     assert abs(timed["whole"]["tokens"] - expected) <= 2  # the cut between train and val
