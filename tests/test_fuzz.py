@@ -117,7 +117,8 @@ def run(tiny_run, finished, tmp_path_factory) -> Config:
     return Config(**tiny_run, out_dir=out_dir, curve="off", resume=True)
 
 
-@pytest.mark.parametrize("name", [*(pytest.param(name, marks=pytest.mark.slow) for name in FILES), "manifest.json"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*FILES, "manifest.json"])
 @some
 @given(st.data())
 def test_a_forged_checkpoint_is_refused_or_works(run, name, draw):

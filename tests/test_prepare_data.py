@@ -304,6 +304,7 @@ def killed_at(stop: int, argv: list[str]) -> None:
     prepare_data.main(argv)
 
 
+@pytest.mark.slow
 def test_killed_anywhere_it_resumes_to_the_same_bytes(corpus, straight, tmp_path, capsys):
     resumed = 0
     for stop in itertools.count(1):
