@@ -416,7 +416,6 @@ def test_parquet_and_the_hub_come_to_the_same_shards_as_json_lines(corpus, strai
 
 
 def test_a_data_set_with_splits_of_its_own_keeps_them(tmp_path, monkeypatch, gpt2_files):
-    """tinystories has."""
     pytest.importorskip("datasets")
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     for name, texts in {"train": ["a"] * 5, "validation": ["b"] * 3}.items():

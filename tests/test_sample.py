@@ -281,7 +281,6 @@ def trained(tmp_path_factory) -> str:
 
 
 def test_auto_gives_the_greedy_text_of_float32(trained, capsys):
-    """Whatever it chooses here, and says."""
     texts = {}
     for dtype in ("auto", "float32"):
         sample.main([trained, "--prompt=a small", f"--dtype={dtype}", "--temperature=0", "--max_new_tokens=200"])
