@@ -40,8 +40,7 @@ def at_step(step: str, rank: str, action: Callable[[Run], object]) -> None:
 
 
 def times(factor: float) -> Callable:
-    """A forward hook that multiplies what a module returns."""
-    return lambda module, args, output: output * factor
+    return lambda module, args, output: output * factor  # a forward hook
 
 
 def inject_die_before(n: str, step: str, calls: str) -> None:
