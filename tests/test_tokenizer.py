@@ -91,7 +91,7 @@ fields = {
     "special_tokens": value | st.lists(st.sampled_from(["<|endoftext|>", "<s>", "b", "[^]"]) | value, max_size=3),
 }
 near_miss = st.fixed_dictionaries({"type": st.sampled_from(["char", "bpe"]) | value}, optional=fields)
-bpe_like = near_miss.map(lambda spec: spec | {"type": "bpe", "special_tokens": ["<|endoftext|>"]})
+bpe_like = fields["merges"].map(lambda merges: {"type": "bpe", "special_tokens": ["<|endoftext|>"], "merges": merges})
 
 
 @settings(max_examples=300)
