@@ -7,14 +7,13 @@ BIN := .venv/bin
 .PHONY: train test test-all faults
 
 train: .venv/installed
-	$(BIN)/python prepare_data.py shakespeare
+	$(BIN)/python prepare_data.py shakespeare_bpe
 	$(BIN)/python train.py config/shakespeare.py
-	$(BIN)/python sample.py out/shakespeare --prompt "ROMEO:"
+	$(BIN)/python sample.py out/shakespeare --prompt "JULIET:" --temperature=0.7
 	@echo
-	@echo "next:  $(BIN)/python sample.py out/shakespeare --prompt 'JULIET:' --temperature=0.5 --num_samples=3"
-	@echo "       $(BIN)/python train.py config/shakespeare.py --resume --max_steps=640     train it twice as long"
-	@echo "       $(BIN)/python prepare_data.py my.txt                                      learn your own text"
-	@echo "       $(BIN)/python bench.py ladder                                             how fast, and why"
+	@echo "next:  $(BIN)/python sample.py out/shakespeare --prompt 'KING RICHARD:' --num_samples=3"
+	@echo "       $(BIN)/python prepare_data.py my.txt --tokenizer=bpe       your own text; it prints how to train on it"
+	@echo "       $(BIN)/python prepare_data.py shakespeare && $(BIN)/python bench.py ladder --quick      how fast, and why"
 
 test: .venv/installed
 	$(BIN)/python -m pytest -m "not slow"

@@ -11,12 +11,12 @@
     python bench.py sampling           tokens/s with and without the KV cache
     python bench.py decode [out/run]   tokens/s in each precision, beside the floor and transformers; a run's losses as well
     python bench.py stages             what each stage of config/stages/ reaches
-    python bench.py shakespeare        what `make train` does, timed from a cold compiler cache: train, then sample
+    python bench.py shakespeare        what `make train` does with three seeds, from an empty compiler cache
     python bench.py run config.py      one whole run: its losses, its evaluation, a text that it writes
     python bench.py start              from starting train.py to the end of the first step, with and without a compiler cache
     python bench.py data               tokens/s of prepare_data.py beside tiktoken's own; a BPE trained, timed and compared
     python bench.py safety             what it costs to be reproducible, and to save
-    python bench.py kills              config/shakespeare.py killed at twenty random moments, against the same undisturbed
+    python bench.py kills              config/shakespeare_124m.py killed at twenty random moments, against the same undisturbed
     python bench.py scale              scaling laws of small models, with settings of its own (python bench.py scale --help)
 
 Training steps are timed in a fresh process for each config. Rounds are interleaved (all configs, then all again), so that drift
@@ -73,6 +73,8 @@ def show(path: Path, result: dict) -> None:
         path = path.with_name(f"{path.name.removesuffix('.json').removesuffix('.trial')}.partial.trial.json")
     results.write(path, result)
     print(kinds.as_text(result))
+    if result.get("sizes", {}).get("quick"):
+        print("--quick: one round of a small model on short sequences, a first look: leave it out to measure GPT-2 124M")
     if result.get("interrupted"):
         print(f"stopped by Ctrl-C: only what was finished is above, and in {path}")
         sys.exit(130)

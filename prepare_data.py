@@ -1,6 +1,7 @@
 """Text -> checked token shards in data/<name>/, ready for train.py, on all cores. Killed work resumes where it stopped.
 
     python prepare_data.py shakespeare          tiny Shakespeare in GPT-2 tokens: 301,966 train, 36,059 val
+    python prepare_data.py shakespeare_bpe      the same in a BPE of 2,048 ids, learned from its train split
     python prepare_data.py shakespeare_char     the same, one id per character
     python prepare_data.py my.txt notes/ 'more/*.md'    your own text, into data/my
     python prepare_data.py my.txt --tokenizer=bpe --vocab_size=8192     the same, with a BPE learnt from it
@@ -32,12 +33,13 @@ from base.errors import UserError
 from base.files import read_text, write_atomically
 from corpus import bpe, encoding, hellaswag, shards, sources, writing
 from corpus.sources import ENWIK8, NAMED, Hub, Part, Reader, TextPart
-from tokenizer import END_OF_TEXT, CharTokenizer, GPT2Tokenizer, Tokenizer, from_json
+from tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, from_json
 
-BPE_SIZE = 4096  # ids of a BPE, unless told otherwise
+BPE_SIZE = 2048  # ids of a BPE, unless told otherwise: those of config/shakespeare.py
 LEARNT_FROM = 2**30  # characters of the train split, from its start, that a BPE is learnt from: 2 minutes on one core
 CONFIGS = {  # data set -> what trains on it as it is
-    "shakespeare": "config/shakespeare.py",
+    "shakespeare": "config/shakespeare_124m.py",
+    "shakespeare_bpe": "config/shakespeare.py",
     "shakespeare_char": "config/shakespeare_char_cpu.py",
     "enwik8": "config/enwik8.py",
     "openwebtext": "config/openwebtext_124m.py",
@@ -53,7 +55,7 @@ class PrepareConfig:
     """gpt2: GPT-2's BPE, 50,257 ids; bpe: one learnt from the train split; char: one id per character; or a folder with a
     tokenizer.json, of a data set or a checkpoint, to use it again"""
     vocab_size: int = 0
-    """how many ids --tokenizer=bpe has; 0: 4,096"""
+    """how many ids --tokenizer=bpe has; 0: 2,048"""
     name: str = ""
     """name of the data set; empty: the name of the file or folder"""
     data_dir: str = "data"
@@ -306,7 +308,7 @@ def report(cfg: PrepareConfig, todo: Plan, made: dict) -> None:
 def print_next(cfg: PrepareConfig, name: str, tokenizer: Tokenizer) -> None:
     """Print the commands that train on a data set, and sample from the run."""
     wanted = {"dataset": name, "vocab_size": tokenizer.vocab_size}
-    usual = CONFIGS["shakespeare_char" if isinstance(tokenizer, CharTokenizer) else "shakespeare"]
+    usual = CONFIGS[{CharTokenizer: "shakespeare_char", BPETokenizer: "shakespeare_bpe"}.get(type(tokenizer), "shakespeare")]
     base = CONFIGS.get(name, usual)
     if any(getattr(configurator.load_file(base), setting) != value for setting, value in wanted.items()):
         base = usual

@@ -197,6 +197,20 @@ def loop(s: Session) -> None:
             break
 
 
+def first_look(s: Session) -> None:
+    """Say the loss of the untrained model on one sequence, without compiling: the first step may compile for a minute. Every
+    process must call it.
+    """
+    run = s.run
+    x, y = run.read(0, 0)
+    run.model.eval()  # draws nothing from the random states of training
+    with torch.no_grad(), run.autocast(), torch.compiler.set_stance("force_eager"):
+        loss = run.model(x[:1], y[:1]).item()
+    run.model.train()
+    uniform = f"ln {run.cfg.vocab_size} = {math.log(run.cfg.vocab_size):.2f}"
+    s.journal.say(f"loss before training: {loss:.2f} on one sequence (all tokens equally likely: {uniform})")
+
+
 def timed_step(run: Run, step: int) -> StepResult:
     """train_step() with the seconds until its work is done."""
     began = time.perf_counter()
@@ -404,6 +418,8 @@ def run_session(run: Run, watchdog: Watchdog) -> int:
             s.journal.say(f"{s.out} is finished at step {p.step}; use --max_steps=… to train on")
         elif run.world.size > 1 and cfg.parallel != "fsdp":
             fit_batch(run)  # under fsdp every pass is an exchange
+        if cfg.compile and p.step == 0 < cfg.max_steps:
+            first_look(s)
         loop(s)
         with s.journal.waiting("saving"):
             finish_save(s, final=True)

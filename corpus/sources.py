@@ -69,6 +69,7 @@ class Hub:
 # name -> (its tokenizer, where it comes from)
 NAMED: dict[str, tuple[str, Source | Hub]] = {
     "shakespeare": ("gpt2", SHAKESPEARE),
+    "shakespeare_bpe": ("bpe", SHAKESPEARE),
     "shakespeare_char": ("char", SHAKESPEARE),
     "enwik8": ("gpt2", ENWIK8),
     # 2.2M short stories, 1.9 GB; Eldan and Li 2023

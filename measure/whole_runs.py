@@ -30,7 +30,8 @@ from measure.rounds import UntilCtrlC, say
 from model import GPT
 from safety import prove
 
-SHAKESPEARE = "config/shakespeare.py"
+SHAKESPEARE = "config/shakespeare.py"  # the main job
+SHAKESPEARE_124M = "config/shakespeare_124m.py"  # where compiling, saving and reproducible kernels cost something
 
 
 # ---- one run --------------------------------------------------------------------------------------------------------------
@@ -83,24 +84,34 @@ def steps_of(records: list[dict]) -> list[dict]:
     return [r for r in records if "loss" in r]
 
 
-def shakespeare(sizes: BenchConfig, device: torch.device) -> dict:
-    """The main job as `make train` runs it, from an empty compiler cache; installing and downloading come before it."""
+def main_job(seed: int, sizes: BenchConfig, device: torch.device) -> tuple[dict, list[dict], str]:
+    """The main job as `make train` runs it once it is installed and downloaded, from an empty compiler cache: (what it took and
+    reached, its log, the text that the model wrote).
+    """
     with scratch(sizes, device) as folder:
         out, env = folder / "shakespeare", os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}
-        flags = [*place_flags(sizes), f"--out_dir={out}", *quick_flags(sizes, str(ROOT / SHAKESPEARE))]
-        train = scripts.run("-m torch.distributed.run", ROOT / "train.py", SHAKESPEARE, *flags, env=env)
+        flags = [*place_flags(sizes), f"--out_dir={out}", f"--seed={seed}", *quick_flags(sizes, str(ROOT / SHAKESPEARE))]
+        loss, step, whole = seconds_of(SHAKESPEARE, flags, env, "loss", "step")
         sample = scripts.run("sample.py", out, "--prompt=ROMEO:", f"--device={sizes.device}", env=env)
         records, _ = scripts.read_log(out)
-    steps = steps_of(records)
-    return header("shakespeare", sizes) | {
-        "seconds": {"train": train.seconds, "sample": sample.seconds},
-        "first_step_s": steps[0]["ms"] / 1e3,
-        "step_s": [[r["ms"] / 1e3 for r in steps[1:]]],
-        "losses": [r["loss"] for r in steps],
-        "val_loss": next(r["val_loss"] for r in reversed(records) if "val_loss" in r),
-        **facts(records, sizes),
-        "sample": sample.stdout,
-    }
+    validations = [r for r in records if "val_loss" in r]
+    found = {"seed": seed, "first_loss_s": loss, "first_step_s": step, "train_s": whole, "sample_s": sample.seconds}
+    found |= {"val_losses": {str(r["step"]): r["val_loss"] for r in validations}}
+    return found | {"bits_per_byte": validations[-1]["val_bits_per_byte"]}, records, sample.stdout
+
+
+def shakespeare(sizes: BenchConfig, device: torch.device) -> dict:
+    """The main job with three seeds."""
+    runs, step_s = [], []
+    with UntilCtrlC() as until:
+        for seed in range(Config.seed, Config.seed + (1 if sizes.quick else 3)):
+            found, records, sample = main_job(seed, sizes, device)
+            times = f"first loss after {found['first_loss_s']:.1f} s, finished after {found['train_s']:.1f} s"
+            print(f"seed {seed}: {times}, {found['bits_per_byte']:.4f} bits per byte")
+            runs.append(found)
+            step_s.append([round(r["ms"] / 1e3, 5) for r in steps_of(records)[1::10]])  # every tenth is enough to know them by
+    ended = until.note(runs)
+    return header("shakespeare", sizes) | ended | {"runs": runs, "step_s": step_s, **facts(records, sizes), "sample": sample}
 
 
 def whole_run(paths: list[str], asked: BenchConfig, device: torch.device) -> dict:
@@ -181,16 +192,18 @@ def stages(sizes: BenchConfig, device: torch.device) -> dict:
 # ---- starting ---------------------------------------------------------------------------------------------------------------
 
 
-def seconds_to_first_step(flags: list[str], env: dict[str, str]) -> float:
-    """From starting train.py until it reports its first step. UserError if it never does."""
-    began, took = time.perf_counter(), None
-    with scripts.started(scripts.command("train.py", SHAKESPEARE, *flags), env=env) as process:
+def seconds_of(config: str, flags: list[str], env: dict[str, str], *words: str) -> list[float]:
+    """Seconds from starting train.py until it prints the first line that begins with each word, in that order, and until it
+    ends. UserError if it fails.
+    """
+    began, seconds = time.perf_counter(), []
+    with scripts.started(scripts.command("train.py", config, *flags), env=env | {"PYTHONUNBUFFERED": "1"}) as process:
         for line in process.stdout:
-            if took is None and line.startswith("step"):
-                took = time.perf_counter() - began
-    if process.returncode or took is None:
+            if len(seconds) < len(words) and line.startswith(words[len(seconds)]):
+                seconds.append(time.perf_counter() - began)
+    if process.returncode or len(seconds) < len(words):
         raise UserError(f"train.py {' '.join(flags)} ended with {process.returncode}")
-    return took
+    return [*seconds, time.perf_counter() - began]
 
 
 def start(sizes: BenchConfig, device: torch.device) -> dict:
@@ -199,16 +212,16 @@ def start(sizes: BenchConfig, device: torch.device) -> dict:
     with UntilCtrlC() as until:
         for scope in ("block", "model") * sizes.rounds:
             with scratch(sizes, device) as folder:
-                few = quick_flags(sizes, str(ROOT / SHAKESPEARE), steps=2) or ["--max_steps=2", "--eval_tokens=64"]
+                few = quick_flags(sizes, str(ROOT / SHAKESPEARE_124M), steps=2) or ["--max_steps=2", "--eval_tokens=64"]
                 flags = [*place_flags(sizes), *few, f"--out_dir={folder}/run", f"--compile_scope={scope}", "--compile=True"]
                 env = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"}
-                env |= {"PYTHONUNBUFFERED": "1", "XDG_CACHE_HOME": str(folder)}
-                first, second = (seconds_to_first_step(flags, env) for _ in range(2))
+                env |= {"XDG_CACHE_HOME": str(folder)}
+                first, second = (seconds_of(SHAKESPEARE_124M, flags, env, "step")[0] for _ in range(2))
             print(f"compile_scope={scope:<8} {first:>6.1f} s, with what that compiled {second:>6.1f} s")
             kept = seconds.setdefault(scope, {"first": [], "second": []})
             kept["first"].append(first)
             kept["second"].append(second)
-    return header("start", sizes) | until.note(seconds) | {"config": SHAKESPEARE, "seconds": seconds}
+    return header("start", sizes) | until.note(seconds) | {"config": SHAKESPEARE_124M, "seconds": seconds}
 
 
 # ---- safety -----------------------------------------------------------------------------------------------------------------
@@ -226,7 +239,7 @@ def saves_in(records: list[dict]) -> dict:
 
 
 def shakespeare_config(sizes: BenchConfig) -> Config:
-    cfg = replace(configurator.load_file(str(ROOT / SHAKESPEARE)), device=sizes.device, data_dir=sizes.data_dir)
+    cfg = replace(configurator.load_file(str(ROOT / SHAKESPEARE_124M)), device=sizes.device, data_dir=sizes.data_dir)
     return sizes.narrow(replace(cfg, n_layer=min(cfg.n_layer, QUICK_LAYERS))) if sizes.quick else cfg
 
 
@@ -236,7 +249,7 @@ def safety(sizes: BenchConfig, device: torch.device) -> dict:
     kernels: dict[str, list[list[float]]] = {"deterministic": [], "any": []}
     saving: dict[str, list[dict]] = {"background": [], "foreground": []}
     steps = 12 if sizes.quick else 48
-    few = quick_flags(sizes, str(ROOT / SHAKESPEARE), steps) or [f"--max_steps={steps}", f"--eval_tokens={cfg.T}"]
+    few = quick_flags(sizes, str(ROOT / SHAKESPEARE_124M), steps) or [f"--max_steps={steps}", f"--eval_tokens={cfg.T}"]
     few += [f"--checkpoint_interval={steps // 3}", "--keep_best=False"]
     with UntilCtrlC() as until:
         for _ in range(sizes.rounds):
@@ -250,7 +263,7 @@ def safety(sizes: BenchConfig, device: torch.device) -> dict:
             for name in saving:
                 with scratch(sizes, device) as folder:
                     flags = [*few, f"--background_save={name == 'background'}"]
-                    saved[name] = saves_in(train_log(folder / "run", sizes, SHAKESPEARE, *flags))
+                    saved[name] = saves_in(train_log(folder / "run", sizes, SHAKESPEARE_124M, *flags))
                 print(f"saving in the {name}: pauses of {', '.join(f'{ms:,.0f}' for ms in saved[name]['pause_ms'])} ms")
             for kept, new in ((kernels, timed), (saving, saved)):  # whole rounds only
                 for name, one in new.items():
@@ -263,7 +276,7 @@ def safety(sizes: BenchConfig, device: torch.device) -> dict:
 
 
 def kills(sizes: BenchConfig, device: torch.device) -> dict:
-    """The run of config/shakespeare.py, killed again and again, ends in the same bits as the undisturbed one."""
+    """The run of config/shakespeare_124m.py, killed again and again, ends in the same bits as the undisturbed one."""
     cfg = shakespeare_config(sizes)
     few = dict(max_steps=120, checkpoint_interval=40, compile=False) if sizes.quick else dict(checkpoint_interval=20)
     cfg = replace(cfg, **few)

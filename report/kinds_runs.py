@@ -25,26 +25,30 @@ def stages_table(result: dict) -> list[Block]:
     ]
 
 
-def with_sample(result: dict, table: Table) -> list[Block]:
+def with_sample(result: dict, table: Table, sizes: str = "") -> list[Block]:
     """A run's table, and the first lines of the text that its model wrote."""
     sample = "\n".join(result["sample"].strip().splitlines()[:16])
-    return [table, f"{machine_line(result)}. It wrote:", Quote(sample)]
+    return [table, f"{sizes}{machine_line(result)}.", "It wrote:", Quote(sample)]
 
 
 def shakespeare_table(result: dict) -> list[Block]:
-    """What `make train` took and wrote."""
-    cfg, seconds = result["requested"], result["seconds"]
+    """What `make train` took, reached and wrote, by seed."""
+    cfg, runs = result["requested"], result["runs"]
+
+    def row(name: str, values: list[float], form: str) -> list[str]:
+        spread = f"{statistics.stdev(values):{form}}" if len(values) > 1 else "–"
+        return [name, *(f"{v:{form}}" for v in values), f"{statistics.mean(values):{form}}", spread]
+
     rows = [
-        ["parameters", f"{result['parameters'] / 1e6:.2f}M"],
-        ["steps × tokens", f"{len(result['losses'])} × {cfg['tokens_per_step']}"],
-        ["validation loss", f"{result['val_loss']:.2f}"],
-        ["training, start to checkpoint", f"{seconds['train']:.0f} s"],
-        ["of it the first step, which compiles", f"{result['first_step_s']:.0f} s"],
-        ["ms/step [IQR]", ms_iqr(result)],
-        ["sampling 200 tokens", f"{seconds['sample']:.0f} s"],
-        ["start to text", f"{seconds['train'] + seconds['sample']:.0f} s"],
+        row("bits per byte, whole validation split", [r["bits_per_byte"] for r in runs], ".3f"),
+        row("from the command to its end, s", [r["train_s"] for r in runs], ".0f"),
+        row("of it until the first loss, s", [r["first_loss_s"] for r in runs], ".1f"),
+        row("and until the first step, which compiles, s", [r["first_step_s"] for r in runs], ".1f"),
+        row("sampling 200 tokens, s", [r["sample_s"] for r in runs], ".1f"),
     ]
-    return with_sample(result, Table(["make train", ""], rows))
+    head = ["make train", *(f"seed {r['seed']}" for r in runs), "mean", "std"]
+    steps = f"{cfg['max_steps']:,} steps of {cfg['tokens_per_step']:,} tokens, {ms_iqr(result)} ms/step [IQR]"
+    return with_sample(result, Table(head, rows), f"{result['parameters'] / 1e6:.2f}M parameters, {steps}. ")
 
 
 def run_table(result: dict) -> list[Block]:
@@ -65,8 +69,7 @@ def without_sample(result: dict, words: list[str]) -> list[Block]:
     """`numbers`: a run's table without the text that it wrote."""
     if words != ["numbers"]:
         raise ValueError(f"the only part of a run is numbers, not {' '.join(words)}")
-    table = {"shakespeare": shakespeare_table, "run": run_table}[result["kind"]](result)[0]
-    return [table, f"{machine_line(result)}."]
+    return {"shakespeare": shakespeare_table, "run": run_table}[result["kind"]](result)[:2]
 
 
 def evaluate_table(result: dict) -> list[Block]:

@@ -53,9 +53,11 @@ def stages() -> dict:
 
 
 def shakespeare(sample: str = "ROMEO:\nBut soft") -> dict:
-    end = dict(first_step_s=9.0, step_s=[[0.2, 0.3]], losses=[9.0, 8.0, 7.0], val_loss=6.5, parameters=124_439_808)
-    asked = dict(tokens_per_step=256)
-    return head("shakespeare") | end | dict(seconds=dict(train=120.0, sample=5.0), requested=asked, sample=sample)
+    run = dict(first_loss_s=4.0, first_step_s=9.0, train_s=120.0, sample_s=5.0, val_losses={"20": 4.0}, bits_per_byte=2.25)
+    runs = [run | dict(seed=1), run | dict(seed=2, bits_per_byte=2.15)]
+    asked = dict(tokens_per_step=256, max_steps=20)
+    more = dict(step_s=[[0.2, 0.3], [0.2, 0.4]], parameters=1_240_000, requested=asked, sample=sample)
+    return head("shakespeare") | dict(runs=runs) | more
 
 
 def sampling() -> dict:
