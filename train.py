@@ -418,7 +418,7 @@ def run_session(run: Run, watchdog: Watchdog) -> int:
             s.journal.say(f"{s.out} is finished at step {p.step}; use --max_steps=… to train on")
         elif run.world.size > 1 and cfg.parallel != "fsdp":
             fit_batch(run)  # under fsdp every pass is an exchange
-        if cfg.compile and p.step == 0 < cfg.max_steps:
+        if p.step == 0 < cfg.max_steps:
             first_look(s)
         loop(s)
         with s.journal.waiting("saving"):

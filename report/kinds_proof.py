@@ -54,11 +54,11 @@ def kills_table(result: dict) -> list[Block]:
     steps, seconds = result["requested"]["max_steps"], result["seconds"]
     every = result["requested"]["checkpoint_interval"]
     return [
-        f"`config/shakespeare_124m.py` (deterministic, a checkpoint every {every} steps) was killed by SIGKILL at {result['kills']} "
-        f"random moments, {result['in_a_save']} of them in the middle of a save, and resumed each time: losses, gradient norms "
-        f"and learning rates of all {steps} steps are equal in hex to the undisturbed run's, and parameters, moments, random "
-        f"states and data cursor in sha256 ({result['sha256'][:16]}…). At most {max(lost)} steps were run again after a kill; "
-        f"{seconds['whole']:,.0f} s became {seconds['broken']:,.0f} s. {machine_line(result)}."
+        f"`config/shakespeare_124m.py` (deterministic, a checkpoint every {every} steps) was killed by SIGKILL at "
+        f"{result['kills']} random moments, {result['in_a_save']} of them in the middle of a save, and resumed each time: "
+        f"losses, gradient norms and learning rates of all {steps} steps are equal in hex to the undisturbed run's, and "
+        f"parameters, moments, random states and data cursor in sha256 ({result['sha256'][:16]}…). At most {max(lost)} steps "
+        f"were run again after a kill; {seconds['whole']:,.0f} s became {seconds['broken']:,.0f} s. {machine_line(result)}."
     ]
 
 

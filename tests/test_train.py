@@ -154,6 +154,15 @@ def test_the_log_holds_one_object_per_event(cfg, monkeypatch):
     assert start["step_done"] == 0
 
 
+def test_the_loss_before_training_is_said_and_changes_nothing(cfg, capsys):
+    """The looks of a loop, this one and validations, draw nothing from the random states that dropout uses."""
+    train.train(cfg)
+    run = build(cfg)
+    x, y = run.batches.batch(0, 0, 1, 1, 0, 1)
+    assert f"loss before training: {run.model.eval()(x, y).item():.2f} on one sequence" in capsys.readouterr().out
+    assert stepped(cfg, cfg.max_steps)[0] == [r["loss"] for r in records(cfg) if "loss" in r]
+
+
 @pytest.mark.parametrize(
     ("number", "step", "kept"),
     [(signal.SIGTERM, 1, []), (signal.SIGINT, 3, [3, 2]), (signal.SIGTERM, 5, [5, 4, 3]), (None, 3, [2]), (None, 4, [3, 2])],
