@@ -3,7 +3,8 @@
     python prepare_data.py shakespeare_bpe
     python train.py config/shakespeare.py
 
-Hardware: 2 CPU cores, or any GPU. Expect: PLACEHOLDER.
+Hardware: 2 CPU cores, or any GPU. Expect: about 2.10 bits per byte of the validation split after two and a half minutes
+on 2 cores of an EPYC (results/amd-epyc-family-26-model-2-avx512-bf16-2-cores/shakespeare.json). Not measured on a GPU yet.
 LOG.md shows how the sizes were chosen. GPT-2's shape on this text: config/shakespeare_124m.py.
 """
 
@@ -27,5 +28,4 @@ config = Config(
     log_interval=100,
     eval_interval=1000,
     sample_interval=1000,
-    sample_prompt="ROMEO:",
 )

@@ -94,8 +94,10 @@ def measure_steps(cfg: Config, steps: int, min_timed: int) -> dict:
     return result | ({"error": "; ".join(wrong)} if wrong else {})
 
 
-def read_rates(device: torch.device) -> list[list[float]]:
-    """[[bytes, bytes/s], …]: how fast all threads read a buffer again and again, from one that fits a cache to one of 1 GiB."""
+def memory_rates(device: torch.device) -> list[list[float]]:
+    """[[bytes, bytes/s], …]: how fast all threads read a buffer again and again, or change it in place (read + written; a
+    memory bus may do both at once), whichever is faster: from a buffer that fits a cache to one of 1 GiB.
+    """
     big, found = torch.ones(2**28, device=device), []
     for size in (2**power for power in range(20, 31, 2)):
         part, times = big[: size // 4], max(1, 2**26 // size)
@@ -104,13 +106,18 @@ def read_rates(device: torch.device) -> list[list[float]]:
             for _ in range(times):
                 part.sum()
 
-        found.append([size, times * size / machine.best_seconds(device, read, 6)])
+        def change(part: torch.Tensor = part, times: int = times) -> None:
+            for _ in range(times):
+                part.mul_(1.0)
+
+        moved = times * size
+        found.append([size, max(n * moved / machine.best_seconds(device, work, 9) for n, work in ((1, read), (2, change)))])
     return found
 
 
 def ceilings(cfg: Config) -> dict:
     """What this machine reaches in its own large matmuls (FLOP/s, per dtype), in a large copy (bytes/s, read + written) and in
-    reading."""
+    memory of each size."""
     device = machine.pick_device(cfg.device)
     n, repeats = (8192, 20) if device.type == "cuda" else (1536, 6)
 
@@ -130,7 +137,7 @@ def ceilings(cfg: Config) -> dict:
     big = torch.randn(2**28 if device.type == "cuda" else 2**25, device=device)
     other = torch.empty_like(big)
     rates["copy_bytes_per_s"] = 2 * big.nbytes / best(lambda: other.copy_(big))
-    return rates | {"read_bytes_per_s": read_rates(device)}
+    return rates | {"memory_bytes_per_s": memory_rates(device)}
 
 
 def precision(cfg: Config) -> dict:

@@ -4,7 +4,7 @@ One step of train.train_step is profiled and written as a Chrome trace (open it 
 computed from that file alone. Every moment of the step belongs to exactly one part: on a CPU to the innermost operation that
 the training thread is in, on a GPU to the kernel that runs. The floor of a part is the roofline's (Williams et al. 2009):
 its operations over the matmul rate measured on this machine, or the bytes that it must read and write over the measured rate
-of reading, of a cache where they fit into one, whichever is longer.
+of memory of that size (of a cache, where they fit into one), whichever is longer.
 """
 
 import contextlib
@@ -212,10 +212,10 @@ class Floor:
 
 
 def bytes_per_s(working_set: float, ceilings: dict) -> float:
-    """The fastest that memory of this size was read here; no slower than a copy, which old results have alone. Between two
-    measured sizes the smaller one counts, which is the faster: a floor must not be too high.
+    """The fastest that memory of this size was read or changed here; no slower than a copy, which old results have alone.
+    Between two measured sizes the smaller one counts, which is the faster: a floor must not be too high.
     """
-    rates = ceilings.get("read_bytes_per_s", [])
+    rates = ceilings.get("memory_bytes_per_s", [])
     fits = max((size for size, _ in rates if size <= working_set), default=0)
     return max([rate for size, rate in rates if size >= fits] + [ceilings["copy_bytes_per_s"]])
 

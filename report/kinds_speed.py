@@ -265,8 +265,8 @@ def why_table(result: dict) -> list[Block]:
         row.append(f"{s['flops'] / 1e9:,.1f}" if s["flops"] else "")
         row.append(f"{s['bytes'] / 1e6:,.0f}" if s["bytes"] else "")
         rows.append(row)
-    reads = "read_bytes_per_s" in result.get("ceilings", {})  # older results have the rate of a copy alone
-    memory = "the measured rate of reading, of a cache where they fit" if reads else "the measured copy rate"
+    by_size = "memory_bytes_per_s" in result.get("ceilings", {})  # older results have the rate of a copy alone
+    memory = "the measured rate of memory of that size, read or changed in place" if by_size else "the measured copy rate"
     return [
         Table(["part", "ms", "share", "floor ms", "× floor", "GFLOP", "MB"], rows),
         f"Floor: operations over the matmul rate measured here, or bytes over {memory}, whichever takes longer. "

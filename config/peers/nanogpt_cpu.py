@@ -3,7 +3,7 @@
     python bench.py ab config/peers/nanogpt_cpu.py top
 
 nanoGPT uses autocast only on GPUs and fused AdamW only on CUDA. Hardware: any CPU. Expect: the ratio of
-results/amd-epyc-2-cores/ab_nanogpt_cpu_r10_blocked_T256.json, at the same losses.
+results/amd-epyc-family-26-model-2-avx512-bf16-2-cores/ab_nanogpt_cpu_top.json, at the same losses.
 """
 
 from dataclasses import replace

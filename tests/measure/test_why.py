@@ -197,19 +197,19 @@ def test_floors_scale_with_the_work(tiny_run):
 
 
 def test_floors_are_at_measured_rates(tiny_run):
-    """TF32's is measured where it exists. The optimizer reads and writes at the rate of reading."""
+    """TF32's is measured where it exists. The optimizer reads and writes at the rate of memory of that size."""
     for precision, rate in (("ieee", 1e11), ("tf32", 3e11), ("bf16", 4e11)):
         floor = why.floors(Config(dtype="float32", fp32_precision=precision), CEILINGS | {"gemm_tf32_flops": 3e11})["GEMM"]
         assert floor.flops / floor.seconds == pytest.approx(rate)
     cfg = Config(**tiny_run | dict(n_embd=256, batch_size=8))
     P = sum(p.numel() for p in GPT(cfg).parameters())
-    floor = why.floors(cfg, CEILINGS | {"read_bytes_per_s": [[16 * P // 2, 8e10], [16 * P + 1, 4e10]]})["optimizer"]
+    floor = why.floors(cfg, CEILINGS | {"memory_bytes_per_s": [[16 * P // 2, 8e10], [16 * P + 1, 4e10]]})["optimizer"]
     assert (floor.bytes, floor.seconds) == (32 * P, pytest.approx(32 * P / 8e10))
 
 
 def test_a_floor_is_at_the_rate_of_the_smallest_memory_that_holds_it():
     """So that it is not too high: at the fastest rate of all sizes that are not surely smaller; a copy's at least."""
-    measured = CEILINGS | {"read_bytes_per_s": [[100, 9e11], [400, 3e11], [1600, 5e10], [6400, 6e10], [25_600, 5e9]]}
+    measured = CEILINGS | {"memory_bytes_per_s": [[100, 9e11], [400, 3e11], [1600, 5e10], [6400, 6e10], [25_600, 5e9]]}
     rates = [why.bytes_per_s(size, measured) for size in (1, 100, 399, 400, 1600, 6400, 30_000)]
     assert rates == [9e11, 9e11, 9e11, 3e11, 6e10, 6e10, 1e10]
     assert why.bytes_per_s(1, CEILINGS) == 1e10  # an old result has the rate of a copy alone
