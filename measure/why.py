@@ -224,8 +224,7 @@ def floors(cfg: Config, ceilings: dict, processes: int = 1) -> dict[str, Floor]:
     """The floor of each part for one step of one of `processes` equal processes.
 
     Bytes assume that every operation between two matmuls is fused with its neighbours. What one operation hands to the next
-    may still lie in a cache, if it fits into one: those bytes count at the rate of memory of that size. A part can beat its
-    floor only if the machine was busier while its ceilings were measured.
+    may still lie in a cache, if it fits into one: those bytes count at the rate of memory of that size.
     """
     micro_batch, accumulation = cfg.split_step(processes)
     L, C, T = cfg.n_layer, cfg.n_embd, cfg.T
@@ -280,6 +279,15 @@ def floors(cfg: Config, ceilings: dict, processes: int = 1) -> dict[str, Floor]:
         # A ring all-reduce sends and receives 2 (k - 1) / k of the gradients; no link is faster than memory.
         COMMUNICATION: floor(0, (2 * (processes - 1) / processes * 4 * P, 4 * P)),
     }
+
+
+def raised(ceilings: dict, cfg: Config, optimizer_ms: float, processes: int) -> dict:
+    """The ceilings, with a rate of memory that is no lower than what the optimizer reached in this very step: its state fits no
+    cache, and the ceilings may have been measured while the machine was busier.
+    """
+    moved = floors(cfg, ceilings, processes)[OPTIMIZER].bytes * (processes if cfg.device == "cpu" else 1)
+    seen = [[moved, 1e3 * moved / optimizer_ms]] if optimizer_ms else []
+    return ceilings | {"memory_bytes_per_s": ceilings.get("memory_bytes_per_s", []) + seen}
 
 
 # ---- what to try next ---------------------------------------------------------------------------------------------------
@@ -397,6 +405,7 @@ def why(cfg: Config, ceilings: dict, trace_path: Path, warmup: int = 3, timed: i
     trace = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
     total_us, parts_us = attribute(trace, run.cfg, run.device.type == "cuda")
     ms = {part: us / total_us * step_ms for part, us in parts_us.items()}
+    ceilings = raised(ceilings, run.cfg, ms[OPTIMIZER], run.world.size)
     least = floors(run.cfg, ceilings, run.world.size)
     shares = [
         {"part": p, "ms": ms[p], "share": ms[p] / step_ms, "floor_ms": 1e3 * f.seconds, "flops": f.flops, "bytes": f.bytes}

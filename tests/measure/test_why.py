@@ -205,6 +205,8 @@ def test_floors_are_at_measured_rates(tiny_run):
     P = sum(p.numel() for p in GPT(cfg).parameters())
     floor = why.floors(cfg, CEILINGS | {"memory_bytes_per_s": [[16 * P // 2, 8e10], [16 * P + 1, 4e10]]})["optimizer"]
     assert (floor.bytes, floor.seconds) == (32 * P, pytest.approx(32 * P / 8e10))
+    reached = why.raised(CEILINGS, cfg, optimizer_ms=1e3 * 32 * P / 9e10, processes=1)
+    assert why.floors(cfg, reached)["optimizer"].seconds == pytest.approx(32 * P / 9e10)  # no floor is above what was reached
 
 
 def test_a_floor_is_at_the_rate_of_the_smallest_memory_that_holds_it():
