@@ -29,7 +29,7 @@ class BenchConfig:
     steps: int = 8
     """steps from the same start whose losses are compared, in the first round"""
     quick: bool = False
-    """one round of few steps of a small model on short sequences: a first look in a minute, not a measurement"""
+    """one round of few steps of a small model on short sequences: a first look in a minute or two, not a measurement"""
     data_dir: str = "data"
     """folder of the prepared data sets"""
     out: str = "results"
