@@ -380,7 +380,8 @@ def open_session(run: Run, watchdog: Watchdog) -> tuple[Session, list]:
     if run.chosen:
         journal.say(textwrap.fill(f"chosen: {'; '.join(run.chosen)}", 120, subsequent_indent="  "))
     journal.say(
-        f"{run.model.n_params() / 1e6:.2f}M parameters; {len(run.batches.stream):,} tokens in {run.batches.n:,} sequences; "
+        f"{run.model.n_params() / 1e6:.2f}M parameters; {len(run.batches.stream):,} tokens, "
+        f"{cfg.max_steps * cfg.tokens_per_step / len(run.batches.stream):.3g} epochs in {cfg.max_steps:,} steps; "
         f"step = {cfg.tokens_per_step} tokens = {run.accumulation} micro-batches x {run.micro_batch} sequences x "
         f"{cfg.T} tokens x {world.size} process(es)"
     )
@@ -414,8 +415,9 @@ def run_session(run: Run, watchdog: Watchdog) -> int:
     s, closings = open_session(run, watchdog)
     cfg, p = run.cfg, s.progress
     try:
-        if p.step >= cfg.max_steps:
-            s.journal.say(f"{s.out} is finished at step {p.step}; use --max_steps=… to train on")
+        if finished := p.step >= cfg.max_steps:
+            more = f"python train.py {s.out} --max_steps={2 * p.step}"
+            s.journal.say(f"{s.out} is finished at step {p.step}; use --max_steps=… to train on: {more}")
         elif run.world.size > 1 and cfg.parallel != "fsdp":
             fit_batch(run)  # under fsdp every pass is an exchange
         if p.step == 0 < cfg.max_steps:
@@ -423,7 +425,7 @@ def run_session(run: Run, watchdog: Watchdog) -> int:
         loop(s)
         with s.journal.waiting("saving"):
             finish_save(s, final=True)
-        if p.step == cfg.max_steps and not s.stop.asked:
+        if p.step == cfg.max_steps and not s.stop.asked and not finished:
             close_with_samples(s)
         parallel.barrier()
     except TrainingStopped as stopped:

@@ -11,6 +11,7 @@ A shard is a 256-byte header followed by its tokens, little-endian uint16 (or ui
            28   32 bytes  tokenizer's name, ASCII, zero-padded
 """
 
+import difflib
 import hashlib
 import json
 import os
@@ -125,7 +126,9 @@ def open_dataset(folder: Path) -> Dataset:
         what = folder.name if folder.name in NAMED else f"path/to/your.txt --name={folder.name}"
         others = sorted(p.parent.name for p in folder.parent.glob(f"*/{MANIFEST}"))
         have = f" ({folder.parent} has {', '.join(others)})" if others else ""
-        raise UserError(f"{folder} has no prepared data{have}: run python prepare_data.py {what}")
+        near = difflib.get_close_matches(folder.name, [] if folder.name in NAMED else [*others, *NAMED], n=1, cutoff=0.7)
+        meant = f"did you mean {near[0]}? Else " if near else ""
+        raise UserError(f"{folder} has no prepared data{have}: {meant}run python prepare_data.py {what}")
     try:
         raw = read_bytes(folder / MANIFEST)
         manifest = json.loads(raw)

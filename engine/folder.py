@@ -27,7 +27,7 @@ def claim(run: Run, out: Path, resuming: bool):
             lock(out, taken).release()  # nobody trains in it
             aside = next(p for n in range(1, 10_000) if not (p := out.with_name(f"{out.name}.{n}")).exists())
             out.rename(aside)
-            print(f"{out} contained an earlier run: moved to {aside} (to continue a run instead, use --resume)")
+            print(f"{out} contained an earlier run: moved to {aside} (to continue a run instead: python train.py {out})")
         out.mkdir(parents=True, exist_ok=True)
         held = lock(out, taken)
         checkpoint.clean_up(out)

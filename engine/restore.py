@@ -98,7 +98,7 @@ def newest(run_dir: Path, say: Callable[[str], None] = print) -> Path:
         if runs and there:
             raise UserError(f"{run_dir} is a folder of runs: use one of those listed above")
         hint = ", or use one of the runs listed above" if runs else ""
-        raise UserError(f"{run_dir} has no checkpoint: train one first (without --resume){hint}")
+        raise UserError(f"{run_dir} has no checkpoint: train one first{hint}")
     while left := [folder for folder in found if folder not in damaged]:
         try:
             verify(left[0])

@@ -38,6 +38,7 @@ WRONG = [
     ("train.py", ["{tmp}/typo.py"], "line 3: batch_sise is not a setting: did you mean batch_size"),
     ("train.py", ["config/shakespeare.py", "config/stages/s2_overfit.py"], "one argument too many"),
     ("train.py", [TINY, "--dataset=missing"], "prepare_data.py"),
+    ("train.py", [TINY, "--dataset=shakspeare"], "did you mean shakespeare"),
     ("train.py", [TINY, "--vocab_size=50257"], "use --vocab_size=18"),
     ("train.py", [TINY, "--block_size=30000", "--tokens_per_step=30000"], "use --sequence_length="),
     ("train.py", [TINY, "--data_dir={tmp}", "--dataset=damaged"], "train_000000.bin is damaged"),
@@ -165,8 +166,10 @@ def test_a_run_knows_its_own_settings_and_refuses_others_with_a_command_that_wor
 
 
 def test_a_finished_run_says_so_and_ends_with_three_texts_and_the_commands_that_come_next(own_run, capsys):
-    train.main([own_run])
-    assert "is finished at step 6; use --max_steps=" in capsys.readouterr().out
+    train.main([own_run, "--sample_interval=7"])
+    out = capsys.readouterr().out
+    more = f"use --max_steps=… to train on: python train.py {own_run} --max_steps=12"
+    assert out.splitlines()[-1] == f"{own_run} is finished at step 6; {more}"  # no text after it
     train.main([own_run, "--max_steps=8", "--sample_interval=7", "--sample_prompt=the cat"])
     out = capsys.readouterr().out
     assert out.count("sample | the cat") == 1 + 3
