@@ -284,8 +284,8 @@ def main(argv: list[str]) -> None:
             raise UserError(f"{cfg.draft} and {places[0]} have different vocabularies: a draft needs the model's own")
         draft, _ = decode.prepare(draft, cfg.draft, device, dtype)
     if cfg.dtype == "auto":
-        weights = f", {cfg.quantize} weights" if cfg.quantize != "none" else ""
-        say(f"computing in {dtype}{weights} on {device.type}{', with the kernel in C' if kernel else ''}")
+        weights = f", from {cfg.quantize} weights" if cfg.quantize != "none" else ""
+        say(f"computing in {dtype} on {device.type}{', with the kernel in C' if kernel else ''}{weights}")
     if len(prompt) > model.cfg.block_size:
         say(f"the prompt has {len(prompt)} tokens: only its last {model.cfg.block_size} are used")
     how = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p)
