@@ -238,14 +238,14 @@ def saves_in(records: list[dict]) -> dict:
     }
 
 
-def shakespeare_config(sizes: BenchConfig) -> Config:
+def config_124m(sizes: BenchConfig) -> Config:
     cfg = replace(configurator.load_file(str(ROOT / SHAKESPEARE_124M)), device=sizes.device, data_dir=sizes.data_dir)
     return sizes.narrow(replace(cfg, n_layer=min(cfg.n_layer, QUICK_LAYERS))) if sizes.quick else cfg
 
 
 def safety(sizes: BenchConfig, device: torch.device) -> dict:
     """Step time with and without deterministic kernels; what a save holds up, in the foreground and in the background."""
-    cfg = shakespeare_config(sizes)
+    cfg = config_124m(sizes)
     kernels: dict[str, list[list[float]]] = {"deterministic": [], "any": []}
     saving: dict[str, list[dict]] = {"background": [], "foreground": []}
     steps = 12 if sizes.quick else 48
@@ -277,7 +277,7 @@ def safety(sizes: BenchConfig, device: torch.device) -> dict:
 
 def kills(sizes: BenchConfig, device: torch.device) -> dict:
     """The run of config/shakespeare_124m.py, killed again and again, ends in the same bits as the undisturbed one."""
-    cfg = shakespeare_config(sizes)
+    cfg = config_124m(sizes)
     few = dict(max_steps=120, checkpoint_interval=40, compile=False) if sizes.quick else dict(checkpoint_interval=20)
     cfg = replace(cfg, **few)
     with scratch(sizes, device) as folder:
